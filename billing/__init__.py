@@ -1,0 +1,1 @@
+"""What a request costs and who owes it. Knows no HTTP."""

@@ -1,0 +1,1 @@
+"""Who is calling. Knows no HTTP and no money."""

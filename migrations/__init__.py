@@ -1,0 +1,1 @@
+"""Forward-only numbered SQL and the small runner that applies it."""

@@ -1,0 +1,1 @@
+"""Real Postgres and real Valkey as children of this process, from wheels: nothing to install."""

@@ -1,0 +1,73 @@
+"""What can go wrong with money. Refusals say what the caller can do; the edge maps them to HTTP."""
+
+
+class BillingError(Exception):
+    """Something went wrong with money."""
+
+    def __init__(self) -> None:
+        super().__init__(self.__doc__)
+
+
+class Refusal(BillingError):
+    """The request is refused before anything was charged."""
+
+
+class InsufficientCredit(Refusal):
+    """The account cannot pay for the most this request may cost."""
+
+    def __init__(self, *, needed_nanos: int, available_nanos: int) -> None:
+        super().__init__()
+        self.needed_nanos = needed_nanos
+        self.available_nanos = available_nanos
+
+
+class TooManyOpenRequests(Refusal):
+    """The account or key has as many requests open as it may have."""
+
+    def __init__(self, *, scope: str, limit: int) -> None:
+        super().__init__()
+        self.scope = scope
+        self.limit = limit
+
+
+class AccountFrozen(Refusal):
+    """The account is frozen."""
+
+
+class KeyRevoked(Refusal):
+    """The key was revoked."""
+
+
+class TillUnavailable(BillingError):
+    """The till did not answer in time; nothing may be admitted without it.
+
+    What was asked may still have been done: every script is safe to repeat.
+    """
+
+
+class TillRefused(BillingError):
+    """The till answered with an error of its own."""
+
+    def __init__(self, reply: str) -> None:
+        super().__init__()
+        self.reply = reply
+
+
+class BookUnavailable(BillingError):
+    """Postgres did not answer in time."""
+
+
+class AccountUnknown(BillingError):
+    """No such account."""
+
+
+class CreditTooLarge(Refusal):
+    """An account cannot hold that much: the till counts exactly up to $9,007,199.254740991."""
+
+
+class ReferenceConflict(Refusal):
+    """That reference was used before for another account or another amount."""
+
+
+class ReceiptsPending(BillingError):
+    """Too many settled receipts wait for Postgres; no new request is admitted until they are in."""

@@ -1,0 +1,32 @@
+#!lua
+-- settle: end one hold with its real price and put the receipt into the outbox.
+-- Idempotent on the request id while it is in the outbox; after `confirm` the book refuses it.
+-- KEYS  1 outbox   2 hold   3 leases   4.. scopes
+-- ARGV  1 request id   2 price, nanos   3 outbox entry: "<price> <receipt>"   4.. kind of each scope
+-- Reply {status, available nanos of the account}
+--       status: settled, exists, unknown (no such hold: the till lost it; the price counts all the same)
+local function available()
+  local f = redis.call('HMGET', KEYS[4], 'posted', 'uncommitted', 'held')
+  return tonumber(f[1] or '0') - tonumber(f[2] or '0') - tonumber(f[3] or '0')
+end
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return {'exists', available()} end
+
+local price = tonumber(ARGV[2])
+local held = redis.call('HGET', KEYS[2], 'nanos')
+local status = held and 'settled' or 'unknown'
+local held_nanos = tonumber(held or '0')
+if held and price > held_nanos then return redis.error_reply('PRICE above the hold') end
+
+for i = 4, #KEYS do
+  if held then redis.call('HINCRBY', KEYS[i], 'open', -1) end
+  if ARGV[i] ~= 'K' then
+    redis.call('HINCRBY', KEYS[i], 'held', 0 - held_nanos)
+    redis.call('HINCRBY', KEYS[i], 'uncommitted', price)
+  end
+end
+if held then
+  redis.call('DEL', KEYS[2])
+  redis.call('ZREM', KEYS[3], ARGV[1])
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return {status, available()}

@@ -1,0 +1,106 @@
+"""Nanos: the one unit of money, and the only places where money is rounded or printed.
+
+1 nano = 1e-9 USD, a plain int. 1 credit = $0.001 = 1,000,000 nanos. Rates are nanos per million
+tokens. Everything rounds once, up, on the sum.
+"""
+
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+
+NANOS_PER_USD = 10**9
+NANOS_PER_CREDIT = 10**6
+TOKENS_PER_RATE = 10**6
+BPS = 10**4
+# Lua computes in doubles, exact up to here: $9,007,199.254740991.
+NANOS_MAX = 2**53 - 1
+# A reported cost beyond this many digits on either side is noise or an attack, not a price.
+REPORTED_DIGITS_MAX = 40
+
+Lines = Iterable[tuple[int, int]]
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Smallest integer that is not below numerator over denominator (denominator > 0)."""
+    return -(-numerator // denominator)
+
+
+def cost_of(lines: Lines) -> int:
+    """Provider cost in nanos of (tokens, rate) lines: rounded once, up, on the sum."""
+    return ceil_div(sum(tokens * rate for tokens, rate in lines), TOKENS_PER_RATE)
+
+
+def price_of(lines: Lines, markup_bps: int) -> int:
+    """Price in nanos of (tokens, rate) lines with the markup: rounded once, up, on the sum."""
+    total = sum(tokens * rate for tokens, rate in lines)
+    return ceil_div(total * markup_bps, TOKENS_PER_RATE * BPS)
+
+
+def read_reported_usd(text: str) -> Decimal | None:
+    """A cost in USD as a provider wrote it, exactly; None when it is no sane amount of money."""
+    try:
+        amount = Decimal(text)
+    except InvalidOperation:
+        return None
+    if not amount.is_finite() or amount < 0 or amount > NANOS_MAX // NANOS_PER_USD:
+        return None
+    exponent = amount.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -REPORTED_DIGITS_MAX:
+        return None
+    # Decimal('-0') is not below zero, and some encoders write it.
+    return amount if amount else Decimal(0)
+
+
+def cost_of_reported(usd: Decimal) -> int:
+    """Provider cost in nanos of a reported cost, rounded up."""
+    return price_of_reported(usd, BPS)
+
+
+def price_of_reported(usd: Decimal, markup_bps: int) -> int:
+    """Price in nanos of a reported cost with the markup: exact, then rounded once, up."""
+    numerator, denominator = usd.as_integer_ratio()
+    return ceil_div(numerator * NANOS_PER_USD * markup_bps, denominator * BPS)
+
+
+def rate_of_usd(usd_per_mtok: str) -> int:
+    """Rate in nanos per million tokens from decimal USD per million tokens, exactly.
+
+    Raises ValueError for anything that is not a whole, non-negative number of nanos.
+    """
+    try:
+        nanos = Decimal(usd_per_mtok) * NANOS_PER_USD
+    except InvalidOperation as exc:
+        raise ValueError(f"{usd_per_mtok!r} is no decimal number") from exc
+    if not nanos.is_finite() or nanos < 0 or nanos != nanos.to_integral_value():
+        raise ValueError(f"{usd_per_mtok!r} is no whole number of nanos per million tokens")
+    return int(nanos)
+
+
+def credits_text(nanos: int) -> str:
+    """Credits as an exact decimal string without trailing zeros: 1500000 -> '1.5'."""
+    return _decimal_text(nanos, NANOS_PER_CREDIT, 6)
+
+
+def usd_text(nanos: int) -> str:
+    """USD as an exact decimal string without trailing zeros: 1500000 -> '0.0015'."""
+    return _decimal_text(nanos, NANOS_PER_USD, 9)
+
+
+def read_credits(text: str) -> int:
+    """Nanos of a decimal number of credits, exactly. Raises ValueError."""
+    try:
+        nanos = Decimal(text) * NANOS_PER_CREDIT
+    except InvalidOperation as exc:
+        raise ValueError(f"{text!r} is no decimal number") from exc
+    if not nanos.is_finite() or nanos != nanos.to_integral_value():
+        raise ValueError(f"{text!r} credits is no whole number of nanos (6 decimals at most)")
+    if abs(nanos) > NANOS_MAX:
+        raise ValueError(f"{text!r} credits is more than an account can hold")
+    return int(nanos)
+
+
+def _decimal_text(nanos: int, unit: int, digits: int) -> str:
+    whole, rest = divmod(abs(nanos), unit)
+    sign = "-" if nanos < 0 else ""
+    if not rest:
+        return f"{sign}{whole}"
+    return f"{sign}{whole}.{rest:0{digits}d}".rstrip("0")

@@ -1,0 +1,154 @@
+"""The price book in memory: versioned, effective-dated rates and what a usage costs by them.
+
+Pure. `prices_store.py` keeps the book in Postgres; every receipt names the version it used, so a
+price can be recomputed by hand for ever.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+
+import msgspec
+
+from billing.money import cost_of, cost_of_reported, price_of, price_of_reported
+from billing.usage import Usage
+
+
+class CostSource(StrEnum):
+    """What a receipt's cost rests on."""
+
+    PROVIDER = "provider"
+    """The provider said what the call cost."""
+    PRICE_BOOK = "price_book"
+    """Token counts times the rates of a price version."""
+    NONE = "none"
+    """No price and no reported cost, or nothing billable."""
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Nanos per million tokens by kind. None: the model does not sell that kind."""
+
+    input_rate: int
+    output_rate: int
+    cached_input_rate: int
+    cache_write_rate: int
+    reasoning_rate: int
+    audio_input_rate: int | None = None
+    audio_output_rate: int | None = None
+
+    def lines(self, usage: Usage) -> list[tuple[int, int]]:
+        """(tokens, rate) of every kind; the kinds inside a total are taken out of it."""
+        plain_in = (
+            usage.input_tokens
+            - usage.cached_tokens
+            - usage.cache_write_tokens
+            - usage.audio_input_tokens
+        )
+        plain_out = usage.output_tokens - usage.reasoning_tokens - usage.audio_output_tokens
+        return [
+            (plain_in, self.input_rate),
+            (usage.cached_tokens, self.cached_input_rate),
+            (usage.cache_write_tokens, self.cache_write_rate),
+            (usage.audio_input_tokens, _or(self.audio_input_rate, self.input_rate)),
+            (plain_out, self.output_rate),
+            (usage.reasoning_tokens, self.reasoning_rate),
+            (usage.audio_output_tokens, _or(self.audio_output_rate, self.output_rate)),
+        ]
+
+    @property
+    def input_rate_max(self) -> int:
+        """The dearest way an input token can be billed."""
+        return max(
+            self.input_rate,
+            self.cached_input_rate,
+            self.cache_write_rate,
+            self.audio_input_rate or 0,
+        )
+
+    @property
+    def output_rate_max(self) -> int:
+        """The dearest way an output token can be billed."""
+        return max(self.output_rate, self.reasoning_rate, self.audio_output_rate or 0)
+
+
+class PriceVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the price book. Operator rows win over config rows of the same model."""
+
+    price_version: int
+    model: str
+    source: str
+    effective_from: datetime
+    rates: Rates
+
+
+class Charge(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call costs us and the account, in nanos, and what that rests on."""
+
+    cost_nanos: int
+    price_nanos: int
+    overrun_nanos: int
+    cost_source: CostSource
+    reported_usd: Decimal | None = None
+
+
+NOTHING = Charge(cost_nanos=0, price_nanos=0, overrun_nanos=0, cost_source=CostSource.NONE)
+
+
+class PriceBook:
+    """All known price versions, newest first for each model. Immutable."""
+
+    def __init__(self, versions: Iterable[PriceVersion]) -> None:
+        by_model: dict[str, list[PriceVersion]] = {}
+        for version in versions:
+            by_model.setdefault(version.model, []).append(version)
+        for rows in by_model.values():
+            rows.sort(key=_precedence, reverse=True)
+        self._by_model: Mapping[str, list[PriceVersion]] = by_model
+
+    def at(self, model: str, moment: datetime) -> PriceVersion | None:
+        """The version in force at that moment (UTC), or None for an unpriced model."""
+        for version in self._by_model.get(model, ()):
+            if version.effective_from <= moment:
+                return version
+        return None
+
+
+def charge_for(
+    usage: Usage,
+    rates: Rates | None,
+    reported_usd: Decimal | None,
+    markup_bps: int,
+    hold_nanos: int,
+) -> Charge:
+    """Price one call: a reported cost is preferred over the book; the hold caps the price.
+
+    What the provider bills beyond the hold is the operator's (overrun), never the user's.
+    """
+    if reported_usd is not None:
+        cost = cost_of_reported(reported_usd)
+        price = price_of_reported(reported_usd, markup_bps)
+        source = CostSource.PROVIDER
+    elif rates is not None:
+        lines = rates.lines(usage)
+        cost = cost_of(lines)
+        price = price_of(lines, markup_bps)
+        source = CostSource.PRICE_BOOK
+    else:
+        return NOTHING
+    capped = min(price, hold_nanos)
+    return Charge(
+        cost_nanos=cost,
+        price_nanos=capped,
+        overrun_nanos=price - capped,
+        cost_source=source,
+        reported_usd=reported_usd,
+    )
+
+
+def _or(rate: int | None, instead: int) -> int:
+    return instead if rate is None else rate
+
+
+def _precedence(version: PriceVersion) -> tuple[bool, datetime, int]:
+    return (version.source == "operator", version.effective_from, version.price_version)

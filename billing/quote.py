@@ -1,0 +1,38 @@
+"""How much to hold for a request before it goes upstream: an upper bound of its price. Pure.
+
+Bytes bound tokens: no tokenizer in use makes more than one token of one byte, and the JSON around
+a message is longer than the few tokens that the chat format adds for it. Parts that are not text
+(images) count with the model's fixed upper bound instead of their bytes.
+"""
+
+import msgspec
+
+from billing.money import NANOS_MAX, price_of
+from billing.prices import Rates
+
+# Chat formats add a few tokens for the whole conversation and each message (about 3 + 4 n); a
+# message is at least 28 bytes of JSON, so this constant covers the conversation's part.
+FORMAT_TOKENS = 64
+
+
+class CallSize(msgspec.Struct, frozen=True, kw_only=True):
+    """The facts of a request that bound its price."""
+
+    text_bytes: int
+    image_parts: int = 0
+    output_tokens: int
+    choices: int = 1
+
+
+def input_ceiling(size: CallSize, image_tokens_max: int) -> int:
+    """Upper bound of the input tokens."""
+    return size.text_bytes + FORMAT_TOKENS + size.image_parts * image_tokens_max
+
+
+def hold_for(size: CallSize, image_tokens_max: int, rates: Rates, markup_bps: int) -> int:
+    """Nanos to hold: the price if every token were of its dearest kind, capped to what fits."""
+    lines = (
+        (input_ceiling(size, image_tokens_max), rates.input_rate_max),
+        (size.output_tokens * size.choices, rates.output_rate_max),
+    )
+    return min(price_of(lines, markup_bps), NANOS_MAX)

@@ -1,0 +1,94 @@
+"""The charge receipt: one for each admitted request, and its columns in the book. Pure."""
+
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from uuid import UUID
+
+import msgspec
+
+from billing.prices import CostSource
+from billing.usage import UsageSource
+
+SOURCE_SYSTEM = "farebox"
+CHARGE_REASON = "llm_call"
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    COMPLETE = "complete"
+    """The whole answer was there to be delivered."""
+    CLIENT_LEFT = "client_left"
+    """The client hung up before the end."""
+    UPSTREAM_FAILED = "upstream_failed"
+    """The provider failed after it may have billed."""
+    CREDIT_EXHAUSTED = "credit_exhausted"
+    """The stream was stopped at the end of what was held."""
+    RECOVERED = "recovered"
+    """A worker died; the sweeper settled at the last checkpoint."""
+    VOIDED = "voided"
+    """Nothing billable reached a provider, or it answered with an error."""
+
+
+class Provenance(StrEnum):
+    """What kind of answer the counts were read from."""
+
+    STREAM = "stream"
+    RESPONSE = "response"
+
+
+class ChargeReceipt(msgspec.Struct, kw_only=True):
+    """One row of charge_receipts. Field order is the order of the insert in book.py."""
+
+    request_id: UUID
+    source_reference: str
+    billing_account_id: UUID
+    virtual_key_id: UUID
+    app_key_id: UUID | None
+    protocol: str
+    provider: str
+    requested_model: str
+    served_model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    reported_cost_usd: Decimal | None = None
+    provider_cost_nanos: int = 0
+    price_nanos: int = 0
+    markup_bps: int
+    price_version: int | None = None
+    hold_nanos: int
+    overrun_nanos: int = 0
+    cost_source: CostSource = CostSource.NONE
+    usage_source: UsageSource = UsageSource.NONE
+    outcome: Outcome = Outcome.VOIDED
+    provenance: Provenance
+    upstream_id: str = ""
+    upstream_request_id: str = ""
+    run_id: str = ""
+    attempt: int = 1
+    graph_id: str = ""
+    client_retry_count: int = 0
+    client_request_id: str = ""
+    started_at: datetime
+    first_byte_at: datetime | None = None
+    finished_at: datetime
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ChargeReceipt)
+
+
+def encode_receipt(receipt: ChargeReceipt) -> bytes:
+    """JSON for the outbox; any instance can post it from there."""
+    return _encoder.encode(receipt)
+
+
+def decode_receipt(data: bytes) -> ChargeReceipt:
+    """The receipt of an outbox entry's JSON. Raises msgspec.ValidationError."""
+    return _decoder.decode(data)

@@ -1,0 +1,192 @@
+"""Group commit: every settled receipt of a worker reaches the book, in batches, in order.
+
+A receipt handed to `submit` is owned here until Postgres has it: operational failures are retried
+with the same ids for ever, bounded in memory by `pending_max`. One commit is in flight at a time;
+while it is, the next batch gathers.
+Failure: a receipt that the book refuses for good is logged in full as `receipt.refused`, counted,
+and stays in the till's outbox, where `audit` finds it; the others of its batch are posted.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from billing.book import BookRefused, Pool, acquire, post_receipts
+from billing.errors import BookUnavailable, TillRefused, TillUnavailable
+from billing.receipts import ChargeReceipt, encode_receipt
+from billing.till import AccountState, Confirmation, SpendScopes, Till
+from config.clock import Seconds, seconds
+
+log = logging.getLogger("billing.settle")
+
+RETRY_FIRST_S, RETRY_LAST_S = seconds(20), seconds(2000)
+CONFIRMS_WAITING_MAX = 100_000
+
+
+class Settled:
+    """One receipt on its way into the book."""
+
+    __slots__ = ("committed", "receipt", "request_id", "scopes", "submitted_at", "till_reply")
+
+    def __init__(
+        self,
+        receipt: ChargeReceipt,
+        request_id: str,
+        scopes: SpendScopes,
+        till_reply: asyncio.Future[Any],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.receipt = receipt
+        self.request_id = request_id
+        self.scopes = scopes
+        self.till_reply = till_reply
+        self.submitted_at = loop.time()
+        self.committed: asyncio.Future[None] = loop.create_future()
+
+
+class Settler:
+    """The queue between requests and the book; `run_*` are supervised tasks of the worker."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        till: Till,
+        *,
+        batch_max: int,
+        pending_max: int,
+        on_result: Callable[[str, int], None],
+    ) -> None:
+        """on_result(result, count) is told of committed, retried and refused receipts."""
+        self._pool = pool
+        self._till = till
+        self._batch_max = batch_max
+        self._pending_max = pending_max
+        self._on_result = on_result
+        self._queue: deque[Settled] = deque()
+        self._in_flight: list[Settled] = []
+        self._unconfirmed: deque[tuple[AccountState, list[Settled]]] = deque()
+        self._wake = asyncio.Event()
+        self._wake_confirms = asyncio.Event()
+        self._stopping = False
+        self._commits_ended = False
+
+    @property
+    def pending(self) -> int:
+        """Receipts that the book does not have yet."""
+        return len(self._queue) + len(self._in_flight)
+
+    @property
+    def accepts(self) -> bool:
+        """False above 80 % of the bound: no new request may be admitted."""
+        return self.pending * 5 < self._pending_max * 4
+
+    def oldest_age_s(self) -> Seconds:
+        """Age of the oldest receipt that the book does not have yet."""
+        first = self._in_flight or self._queue
+        return asyncio.get_running_loop().time() - first[0].submitted_at if first else 0
+
+    def submit(self, scopes: SpendScopes, request_id: str, receipt: ChargeReceipt) -> Settled:
+        """Settle in the till and queue for the book, both begun when this returns.
+
+        Never awaits: nothing can come between a request's end and its receipt being owned here.
+        """
+        data = encode_receipt(receipt)
+        reply = self._till.settle(scopes, request_id, receipt.price_nanos, data)
+        settled = Settled(receipt, request_id, scopes, reply)
+        self._queue.append(settled)
+        self._wake.set()
+        return settled
+
+    async def run_commits(self) -> None:
+        """Commit batches until `stop`, then until nothing is left."""
+        while True:
+            if not self._queue:
+                if self._stopping:
+                    break
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            size = min(len(self._queue), self._batch_max)
+            self._in_flight = [self._queue.popleft() for _ in range(size)]
+            await self._commit(self._in_flight)
+            self._in_flight = []
+        self._commits_ended = True
+        self._wake_confirms.set()
+
+    async def run_confirms(self) -> None:
+        """Tell the till what was committed until `run_commits` ended, then what is left, once.
+
+        What the till never hears stays in its outbox and is confirmed by whoever finds it.
+        """
+        while True:
+            if not self._unconfirmed:
+                if self._commits_ended:
+                    return
+                self._wake_confirms.clear()
+                await self._wake_confirms.wait()
+                continue
+            state, group = self._unconfirmed[0]
+            if await self._confirm(state, group) or self._commits_ended:
+                self._unconfirmed.popleft()
+
+    def stop(self) -> None:
+        """Let `run_commits` end once everything is committed."""
+        self._stopping = True
+        self._wake.set()
+
+    async def _commit(self, batch: list[Settled]) -> None:
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                async with acquire(self._pool) as conn:
+                    states = await post_receipts(conn, [settled.receipt for settled in batch])
+            except BookUnavailable as exc:
+                self._on_result("retried", len(batch))
+                cause = f"{type(exc.__cause__).__name__}: {exc.__cause__}"
+                log.warning("commit.retried", extra={"receipts": len(batch), "error": cause})
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_LAST_S)
+            except BookRefused as exc:
+                if len(batch) == 1:
+                    self._refuse(batch[0], exc)
+                    return
+                # One row of the batch is at fault: find it, so that it holds up nobody else.
+                for settled in batch:
+                    await self._commit([settled])
+                return
+            else:
+                break
+        self._on_result("committed", len(batch))
+        by_account: dict[Any, list[Settled]] = {}
+        for settled in batch:
+            by_account.setdefault(settled.receipt.billing_account_id, []).append(settled)
+            if not settled.committed.done():
+                settled.committed.set_result(None)
+        for state in states:
+            self._unconfirmed.append((state, by_account[state.account_id]))
+        while len(self._unconfirmed) > CONFIRMS_WAITING_MAX:
+            self._unconfirmed.popleft()
+        self._wake_confirms.set()
+
+    def _refuse(self, settled: Settled, exc: BookRefused) -> None:
+        self._on_result("refused", 1)
+        record = encode_receipt(settled.receipt).decode()
+        log.error("receipt.refused", extra={"reason": exc.reason, "receipt": record})
+        if not settled.committed.done():
+            settled.committed.set_exception(exc)
+            settled.committed.exception()  # the edge may have left; this is not its failure
+
+    async def _confirm(self, state: AccountState, group: list[Settled]) -> bool:
+        # A settle still on its way must arrive first, or it would bring the outbox entry back.
+        await asyncio.wait([settled.till_reply for settled in group])
+        receipts = [(settled.scopes, settled.request_id) for settled in group]
+        try:
+            await self._till.confirm(Confirmation(state=state, receipts=receipts))
+        except TillUnavailable:
+            await self._till.link.wait_up(RETRY_LAST_S)
+            return False
+        except TillRefused as exc:
+            log.error("confirm.refused", extra={"reply": exc.reply})
+        return True

@@ -1,0 +1,317 @@
+"""One auto-pipelined connection to Valkey/Redis: all calls of a loop tick leave as one write.
+
+Replies come back in order; each call has a deadline; a reply that comes too late is dropped at
+its place in the order. A connection that answers nothing for `stall_timeout_s` is closed.
+Failure: TillUnavailable at once while there is no connection; reconnecting goes on in the
+background for as long as the link is open.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import hiredis
+import msgspec
+
+from billing.errors import TillRefused, TillUnavailable
+from config.clock import Seconds, seconds
+
+log = logging.getLogger("billing.till")
+
+Arg = bytes | str | int
+CONNECT_TIMEOUT_S = seconds(2000)
+RETRY_FIRST_S, RETRY_LAST_S = seconds(10), seconds(500)
+# Timers may fire a little early; a deadline is checked a little after it.
+TIMER_SLACK_S = seconds(1)
+# Answers that say "not now": the server is starting, or is no primary (any more).
+NOT_NOW = ("LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN")
+
+
+class Script:
+    """A Lua script by its digest; the server is taught it again whenever it forgot."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self.source = source
+        # SHA-1 is the protocol's name for a script, not a protection.
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+class _Call:
+    __slots__ = ("args", "deadline", "future", "script", "sent_at")
+
+    def __init__(
+        self,
+        future: asyncio.Future[Any],
+        sent_at: Seconds,
+        timeout_s: Seconds,
+        script: Script | None,
+    ) -> None:
+        self.future = future
+        self.sent_at = sent_at
+        self.deadline = sent_at + timeout_s
+        self.script = script
+        self.args: tuple[Arg, ...] = ()
+
+
+class TillLink:
+    """The connection of one worker. `start` once, `close` once; in between it mends itself."""
+
+    def __init__(
+        self,
+        url: str,
+        scripts: Iterable[Script],
+        *,
+        call_timeout_s: Seconds,
+        stall_timeout_s: Seconds,
+        pending_max: int,
+    ) -> None:
+        self._address = _Address.read(url)
+        self._scripts = list(scripts)
+        self.call_timeout_s = call_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._pending_max = pending_max
+        self._connection: _Connection | None = None
+        self._up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.last_error = ""
+
+    @property
+    def is_up(self) -> bool:
+        return self._connection is not None
+
+    def start(self) -> None:
+        """Begin connecting in the background."""
+        self._task = asyncio.get_running_loop().create_task(self._stay_connected())
+
+    async def wait_up(self, timeout_s: Seconds) -> bool:
+        """True as soon as there is a connection, False when there was none for that long."""
+        if self._connection is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._up.wait()
+        return self._connection is not None
+
+    async def close(self) -> None:
+        """Close; calls without an answer fail with TillUnavailable. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def run(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Future[Any]:
+        """Run a script. The future fails with TillUnavailable or TillRefused."""
+        tail = (len(keys), *keys, *args)
+        future = self.command(("EVALSHA", script.sha, *tail))
+        if self._connection is not None and not future.done():
+            call = self._connection.pending[-1]
+            call.script, call.args = script, tail
+        return future
+
+    def command(self, args: tuple[Arg, ...]) -> asyncio.Future[Any]:
+        """Send one command with the next write; its future fails as `run` says."""
+        connection = self._connection
+        if connection is None or len(connection.pending) >= self._pending_max:
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(TillUnavailable())
+            return future
+        return connection.send(args, self.call_timeout_s)
+
+    def flush(self) -> None:
+        """Write what is waiting now instead of at the end of this tick."""
+        if self._connection is not None:
+            self._connection.flush()
+
+    async def _stay_connected(self) -> None:
+        delay_s = RETRY_FIRST_S
+        while True:
+            connection: _Connection | None = None
+            try:
+                connection = await self._connect()
+                self._connection = connection
+                self._up.set()
+                delay_s = RETRY_FIRST_S
+                log.info("till.connected")
+                await connection.closed
+                log.warning("till.disconnected")
+            except (OSError, TimeoutError, TillRefused, TillUnavailable) as exc:
+                self._say_once(exc)
+            finally:
+                self._connection = None
+                self._up.clear()
+                if connection is not None:
+                    connection.abort()
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RETRY_LAST_S)
+
+    def _say_once(self, exc: Exception) -> None:
+        error = f"{type(exc).__name__}: {getattr(exc, 'reply', exc)}"
+        if error != self.last_error:
+            log.warning("till.connect_failed", extra={"error": error})
+        self.last_error = error
+
+    async def _connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        address = self._address
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(
+                lambda: _Connection(self._stall_timeout_s),
+                address.host,
+                address.port,
+                ssl=address.tls or None,
+            )
+            try:
+                for args in address.hello():
+                    await connection.send(args, CONNECT_TIMEOUT_S)
+                loads = [("SCRIPT", "LOAD", script.source) for script in self._scripts]
+                await asyncio.gather(*(connection.send(a, CONNECT_TIMEOUT_S) for a in loads))
+            except BaseException:
+                connection.abort()
+                raise
+        self.last_error = ""
+        return connection
+
+
+class _Address(msgspec.Struct, frozen=True):
+    host: str
+    port: int
+    tls: bool
+    user: str
+    password: str
+    database: int
+
+    @classmethod
+    def read(cls, url: str) -> "_Address":
+        parts = urlsplit(url)
+        if parts.scheme not in {"redis", "rediss", "valkey", "valkeys"} or not parts.hostname:
+            raise ValueError(
+                "the till's URL must be redis://[user:password@]host[:port][/database]"
+            )
+        database = parts.path.strip("/") or "0"
+        return cls(
+            parts.hostname,
+            parts.port or 6379,
+            parts.scheme in {"rediss", "valkeys"},
+            unquote(parts.username or ""),
+            unquote(parts.password or ""),
+            int(database),
+        )
+
+    def hello(self) -> list[tuple[Arg, ...]]:
+        commands: list[tuple[Arg, ...]] = []
+        if self.password:
+            user = (self.user,) if self.user else ()
+            commands.append(("AUTH", *user, self.password))
+        if self.database:
+            commands.append(("SELECT", self.database))
+        return commands
+
+
+class _Connection(asyncio.Protocol):
+    """Commands out, replies back in the same order."""
+
+    def __init__(self, stall_timeout_s: Seconds) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stall_timeout_s = stall_timeout_s
+        self._reader = hiredis.Reader()
+        self._transport: asyncio.Transport | None = None
+        self._out: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.pending: deque[_Call] = deque()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        pending, self.pending = self.pending, deque()
+        for call in pending:
+            if not call.future.done():
+                call.future.set_exception(TillUnavailable())
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def send(self, args: tuple[Arg, ...], timeout_s: Seconds) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._enqueue(args, _Call(future, self._loop.time(), timeout_s, None))
+        return future
+
+    def _enqueue(self, args: tuple[Arg, ...], call: _Call) -> None:
+        if not self._out:
+            self._loop.call_soon(self.flush)
+        self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]
+        self.pending.append(call)
+        if self._timer is None:
+            self._timer = self._loop.call_at(call.deadline, self._check_deadlines)
+
+    def flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, []
+            if self._transport is not None:
+                self._transport.write(b"".join(out))
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while True:
+            try:
+                reply = self._reader.gets()
+            except hiredis.ProtocolError:
+                log.exception("till.protocol_error")
+                self.abort()
+                return
+            if reply is False:
+                return
+            if not self.pending:  # an answer to nothing: the order is lost
+                self.abort()
+                return
+            self._resolve(self.pending.popleft(), reply)
+
+    def _resolve(self, call: _Call, reply: Any) -> None:
+        future = call.future
+        if not isinstance(reply, hiredis.ReplyError):
+            if not future.done():
+                future.set_result(reply)
+            return
+        text = str(reply)
+        if call.script is not None and text.startswith("NOSCRIPT"):
+            # EVAL teaches the server the script again; SCRIPT FLUSH costs one round trip.
+            timeout_s = call.deadline - call.sent_at
+            again = _Call(future, self._loop.time(), timeout_s, None)
+            self._enqueue(("EVAL", call.script.source, *call.args), again)
+        elif not future.done():
+            refused = text.startswith(NOT_NOW)
+            future.set_exception(TillUnavailable() if refused else TillRefused(text))
+
+    def _check_deadlines(self) -> None:
+        """Fail what is overdue. The deadlines of a connection are in the order of its calls."""
+        self._timer = None
+        now = self._loop.time()
+        if self.pending and now - self.pending[0].sent_at > self._stall_timeout_s:
+            log.warning("till.stalled", extra={"pending": len(self.pending)})
+            self.abort()
+            return
+        next_check = None
+        for call in self.pending:
+            if call.deadline > now:
+                next_check = call.deadline
+                break
+            if not call.future.done():
+                call.future.set_exception(TillUnavailable())
+        if self.pending:
+            stalled_at = self.pending[0].sent_at + self._stall_timeout_s
+            when = min(next_check or stalled_at, stalled_at) + TIMER_SLACK_S
+            self._timer = self._loop.call_at(when, self._check_deadlines)

@@ -1,0 +1,80 @@
+"""The control plane: everything that is not the hot path. Litestar, with our error envelope."""
+
+import logging
+from typing import Any
+
+from litestar import Litestar, MediaType, Request, Response, get
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.types import ASGIApp
+
+from config.ids import id_text, new_id
+from gateway.errors import ApiError, internal_error
+from gateway.health import is_ready, may_read_metrics
+from gateway.metrics import CONTENT_TYPE
+from gateway.services import Services
+
+__all__ = ["build_app"]
+
+
+def build_app(services: Services) -> ASGIApp:
+    """The Litestar application of one worker."""
+
+    @get("/livez", media_type=MediaType.JSON, sync_to_thread=False)
+    def livez() -> dict[str, str]:
+        """200 as long as the process answers."""
+        return {"status": "ok"}
+
+    @get("/readyz", media_type=MediaType.JSON)
+    async def readyz() -> Response[dict[str, Any]]:
+        """200 when requests can be served: both stores answer and nobody is shutting us down."""
+        parts = await is_ready(services)
+        status = 200 if all(parts.values()) else 503
+        return Response({"ready": status == 200, **parts}, status_code=status)
+
+    @get("/metrics")
+    async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """Prometheus text format, for the metrics token or an operator key."""
+        if not await may_read_metrics(services, request.headers.get("authorization", "")):
+            message = "Send the metrics token or an operator key as bearer."
+            raise ApiError(401, "invalid_api_key", message, kind="authentication_error")
+        return Response(services.metrics.render(), media_type=CONTENT_TYPE.decode())
+
+    return Litestar(
+        route_handlers=[livez, readyz, metrics],
+        exception_handlers={ApiError: _on_error, HTTPException: _on_http, Exception: _on_crash},
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _answer(exc: ApiError) -> Response[bytes]:
+    request_id = f"req_{id_text(new_id())}"
+    headers = {name.decode(): value.decode() for name, value in exc.headers}
+    return Response(
+        exc.body(request_id),
+        status_code=exc.status,
+        media_type=MediaType.JSON,
+        headers={**headers, "x-request-id": request_id},
+    )
+
+
+def _on_error(_: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
+    assert isinstance(exc, ApiError)
+    return _answer(exc)
+
+
+def _on_http(request: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
+    """Litestar's own refusals: its default body is invisible in every SDK."""
+    assert isinstance(exc, HTTPException)
+    if isinstance(exc, NotFoundException):
+        message = f"There is no {request.method} {request.url.path[:200]}."
+        return _answer(ApiError(404, "unknown_url", message))
+    if isinstance(exc, MethodNotAllowedException):
+        message = f"{request.method} is not allowed here."
+        return _answer(ApiError(405, "method_not_allowed", message))
+    return _answer(ApiError(exc.status_code, "invalid_request", exc.detail))
+
+
+def _on_crash(_: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
+    logging.getLogger("gateway.edge").error("request.crashed", exc_info=exc)
+    return _answer(internal_error())

@@ -1,0 +1,179 @@
+"""The edge's errors: every refusal and failure as the OpenAI envelope, mapped here once.
+
+Clients show only `message`: it says what, how much, what to do next and whether it was charged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from billing import errors as billing
+from billing.book import BookRefused
+from billing.money import credits_text, usd_text
+from keys import errors as keys
+
+DOC_URL = "https://github.com/farebox/farebox/blob/main/docs/errors.md#"
+NOT_CHARGED = "You were not charged."
+RETRY_SOON_S = 1
+RETRY_AFTER_MAX_S = 60
+
+
+class ApiError(Exception):
+    """An answer other than success, as the client will see it."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.headers = headers
+
+    def envelope(self, request_id: str) -> dict[str, Any]:
+        """`{"error": {...}}` with the fields that SDKs and people read."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "code": self.code,
+                "param": self.param,
+                "doc_url": DOC_URL + self.code,
+                "request_id": request_id,
+            }
+        }
+
+    def body(self, request_id: str) -> bytes:
+        return msgspec.json.encode(self.envelope(request_id))
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_request") -> ApiError:
+    """400: the request itself is wrong."""
+    return ApiError(400, code, f"{message} {NOT_CHARGED}", param=param)
+
+
+def unavailable(what: str, code: str = "unavailable") -> ApiError:
+    """503: refused before anything was charged; the same request may work in a moment."""
+    return ApiError(
+        503,
+        code,
+        f"{what} Nothing was forwarded. {NOT_CHARGED} Try again.",
+        kind="server_error",
+        headers=((b"retry-after", b"%d" % RETRY_SOON_S),),
+    )
+
+
+def upstream_error(
+    message: str, *, status: int = 502, code: str = "upstream_error", may_have_billed: bool = False
+) -> ApiError:
+    """The provider failed. Once it may have billed, SDKs are told not to repeat by themselves."""
+    headers = ((b"x-should-retry", b"false"),) if may_have_billed else ()
+    return ApiError(status, code, message, kind="upstream_error", headers=headers)
+
+
+def _unauthorized(code: str, message: str) -> Callable[[Any], ApiError]:
+    text = f"{message} {NOT_CHARGED}"
+    headers = ((b"www-authenticate", b"Bearer"),)
+    return lambda _: ApiError(401, code, text, kind="authentication_error", headers=headers)
+
+
+def _insufficient(exc: billing.InsufficientCredit) -> ApiError:
+    needed, available = exc.needed_nanos, exc.available_nanos
+    message = (
+        f"This request may cost up to {credits_text(needed)} credits (${usd_text(needed)}), but "
+        f"only {credits_text(available)} credits (${usd_text(available)}) are available. "
+        f"Add credits, or ask for fewer tokens (max_completion_tokens). {NOT_CHARGED}"
+    )
+    return ApiError(402, "insufficient_credits", message, kind="insufficient_quota")
+
+
+def _too_many(exc: billing.TooManyOpenRequests) -> ApiError:
+    message = (
+        f"This {exc.scope} has {exc.limit} requests open, as many as it may have. "
+        f"Wait for one to finish. {NOT_CHARGED}"
+    )
+    headers = ((b"retry-after", b"1"), (b"retry-after-ms", b"1000"))
+    return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
+
+
+def _forbidden(code: str, message: str) -> Callable[[Any], ApiError]:
+    return lambda _: ApiError(403, code, f"{message} {NOT_CHARGED}", kind="permission_error")
+
+
+def _unavailable(what: str) -> Callable[[Any], ApiError]:
+    return lambda _: unavailable(what)
+
+
+def _conflict(message: str) -> Callable[[Any], ApiError]:
+    return lambda _: ApiError(409, "conflict", message)
+
+
+def _not_found(message: str) -> Callable[[Any], ApiError]:
+    return lambda _: ApiError(404, "not_found", message)
+
+
+# Every exception class of keys.errors and billing.errors stands here; a test holds us to it.
+_ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
+    keys.CredentialMissing: _unauthorized(
+        "invalid_api_key", "No API key was sent. Send it as 'Authorization: Bearer fb_live_...'."
+    ),
+    keys.KeyMalformed: _unauthorized(
+        "key_malformed", "This is no Farebox API key (fb_live_...): copy the whole key again."
+    ),
+    keys.KeyInvalid: _unauthorized(
+        "invalid_api_key", "This API key is not known or was revoked. Use another key."
+    ),
+    keys.KeyExpired: _unauthorized("key_expired", "This API key has expired. Make a new one."),
+    keys.KeysUnavailable: _unavailable("API keys cannot be looked up right now."),
+    keys.KeyNotFound: _not_found("There is no such key."),
+    billing.InsufficientCredit: _insufficient,
+    billing.TooManyOpenRequests: _too_many,
+    billing.AccountFrozen: _forbidden("account_frozen", "This account is frozen."),
+    billing.KeyRevoked: _unauthorized(
+        "invalid_api_key", "This API key is not known or was revoked. Use another key."
+    ),
+    billing.TillUnavailable: _unavailable("Credit cannot be reserved right now."),
+    billing.TillRefused: _unavailable("Credit cannot be reserved right now."),
+    billing.BookUnavailable: _unavailable("The account cannot be read right now."),
+    BookRefused: _unavailable("The account cannot be read right now."),
+    billing.ReceiptsPending: _unavailable("Too many receipts are waiting to be recorded."),
+    billing.AccountUnknown: _not_found("There is no such account."),
+    billing.CreditTooLarge: _conflict(str(billing.CreditTooLarge())),
+    billing.ReferenceConflict: _conflict(str(billing.ReferenceConflict())),
+}
+
+
+def to_api_error(exc: Exception) -> ApiError:
+    """The answer for a refusal or failure. Raises exc again when it is a bug."""
+    if isinstance(exc, ApiError):
+        return exc
+    row = _ROWS.get(type(exc))
+    if row is None:
+        raise exc
+    return row(exc)
+
+
+def mapped_errors() -> frozenset[type[Exception]]:
+    """The exception classes that have an answer."""
+    return frozenset(_ROWS)
+
+
+def internal_error() -> ApiError:
+    """500: a bug of ours. Whatever was held is settled or comes back by itself."""
+    return ApiError(
+        500,
+        "internal_error",
+        "Something went wrong in the gateway. Quote the request id when you report it.",
+        kind="server_error",
+        headers=((b"x-should-retry", b"false"),),
+    )

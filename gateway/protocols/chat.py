@@ -1,0 +1,235 @@
+"""POST /v1/chat/completions: bytes in, facts out. Pure.
+
+Reads only what is billed or routed by; everything else passes through as it came.
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from gateway.errors import ApiError, invalid
+from gateway.protocols.facts import CallFacts
+
+NAME = "chat.completions"
+OUTPUT_TOKENS_MAX = 10_000_000
+CHOICES_MAX = 128
+MODEL_LENGTH_MAX = 256
+INCLUDE_USAGE = Raw(b'{"include_usage":true}')
+
+# Parsers differ in which of two equal keys they take; these are the ones that cost money.
+BILLED_KEYS = (
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "messages",
+)
+_QUOTED = tuple((key, b'"%b"' % key.encode()) for key in BILLED_KEYS)
+# An ASCII letter written as an escape: nobody's encoder does that but to hide a key.
+_HIDDEN_ASCII = re.compile(rb"\\u00[2-7]", re.ASCII)
+
+# They choose the model, the price or the credential, which are ours to choose.
+ROUTING_KEYS = frozenset(
+    {
+        "models",
+        "fallbacks",
+        "context_window_fallback_dict",
+        "route",
+        "provider",
+        "custom_llm_provider",
+        "api_base",
+        "base_url",
+        "api_key",
+        "api_version",
+        "model_list",
+        "user_config",
+        "mock_response",
+    }
+)
+# They cost money beyond tokens, and no price for them is in the book.
+UNPRICED_KEYS = frozenset(["web_search_options", "plugins"])
+TIERS_AT_LIST_PRICE = frozenset({b'"auto"', b'"default"', b"null"})
+
+_top = msgspec.json.Decoder(dict[str, Raw])
+_text = msgspec.json.Decoder(str)
+_options = msgspec.json.Decoder(dict[str, Raw])
+_INTEGER = re.compile(rb"\d{1,9}")
+
+
+class _Message(msgspec.Struct):
+    content: Raw | UnsetType = UNSET
+
+
+class _Part(msgspec.Struct):
+    type: str = ""
+
+
+_messages = msgspec.json.Decoder(list[_Message])
+_parts = msgspec.json.Decoder(list[Raw])
+_part = msgspec.json.Decoder(_Part)
+
+
+def read_facts(body: bytes) -> CallFacts:
+    """The facts of a request. Raises ApiError 400, naming the parameter."""
+    try:
+        fields = _top.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+        raise invalid(f"The body is no valid JSON object: {exc}.") from exc
+    _refuse_keys(fields)
+    hidden = _HIDDEN_ASCII.search(body) is not None
+    options = _stream_options(fields)
+    image_parts, image_bytes = _count_images(fields, hidden)
+    limits = [_integer(fields, key) for key in ("max_completion_tokens", "max_tokens")]
+    asked = [limit for limit in limits if limit is not None]
+    return CallFacts(
+        model=_model(fields),
+        stream=_flag(fields, "stream"),
+        wants_usage=options.get("include_usage") == Raw(b"true"),
+        text_bytes=len(body) - image_bytes,
+        image_parts=image_parts,
+        output_tokens=max(asked) if asked else None,
+        # Tokens of a rejected prediction are billed as output.
+        extra_output_tokens=len(bytes(fields.get("prediction", b""))),
+        choices=_choices(fields),
+        audio_output=b'"audio"' in bytes(fields.get("modalities", b"")),
+        ambiguous=hidden or any(body.count(q) != (key in fields) for key, q in _QUOTED),
+        fields=fields,
+        body=body,
+    )
+
+
+def upstream_body(facts: CallFacts, upstream_model: str) -> bytes:
+    """The body for the provider: as received, unless money or routing needs a change.
+
+    Values keep their bytes; usage is always asked for in streams; when a billed key was ambiguous
+    the body is written from what we read, so that the provider reads the same.
+    """
+    ask_usage = facts.stream and not facts.wants_usage
+    if not (ask_usage or facts.ambiguous or upstream_model != facts.model):
+        return facts.body
+    fields = dict(facts.fields)
+    fields["model"] = Raw(msgspec.json.encode(upstream_model))
+    if ask_usage:
+        options = _stream_options(fields) | {"include_usage": Raw(b"true")}
+        fields["stream_options"] = Raw(msgspec.json.encode(options))
+    return msgspec.json.encode(fields)
+
+
+def prompt_text(facts: CallFacts) -> str:
+    """The text of the request, for counting tokens when the provider reports none."""
+    texts: list[str] = []
+    for key in ("messages", "tools", "functions", "response_format"):
+        raw = facts.fields.get(key)
+        if raw is not None:
+            _collect_text(msgspec.json.decode(raw), texts)
+    return "\n".join(texts)
+
+
+def _collect_text(value: object, texts: list[str]) -> None:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            # A data URL is an image, not text; its price is the model's fixed bound.
+            if not item.startswith("data:"):
+                texts.append(item)
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+            texts.extend(str(key) for key in item)
+        elif isinstance(item, list):
+            pending.extend(item)
+
+
+def _refuse_keys(fields: dict[str, Raw]) -> None:
+    for key in ROUTING_KEYS & fields.keys():
+        raise invalid(f"'{key}' is not supported here.", key, "unsupported_parameter")
+    for key in UNPRICED_KEYS & fields.keys():
+        if bytes(fields[key]) != b"null":
+            raise invalid(f"'{key}' costs money and has no price.", key, "unpriced_parameter")
+    tier = fields.get("service_tier")
+    if tier is not None and bytes(tier) not in TIERS_AT_LIST_PRICE:
+        key = "service_tier"
+        raise invalid(f"{key} {bytes(tier)!r} has no price here.", key, "unpriced_parameter")
+
+
+def _model(fields: dict[str, Raw]) -> str:
+    try:
+        model = _text.decode(fields.get("model", Raw(b"null")))
+    except msgspec.DecodeError as exc:
+        raise invalid("'model' must be a string.", "model") from exc
+    if not 0 < len(model) <= MODEL_LENGTH_MAX:
+        raise invalid("'model' must be 1 to 256 characters.", "model")
+    return model
+
+
+def _flag(fields: dict[str, Raw], key: str) -> bool:
+    raw = bytes(fields.get(key, b"null"))
+    if raw in {b"false", b"null"}:
+        return False
+    if raw != b"true":
+        raise invalid(f"'{key}' must be true or false.", key)
+    return True
+
+
+def _integer(fields: dict[str, Raw], key: str) -> int | None:
+    """A strict positive integer: a bool, a float or a negative number must not become a hold."""
+    raw = bytes(fields.get(key, b"null"))
+    if raw == b"null":
+        return None
+    if not _INTEGER.fullmatch(raw) or not 0 < int(raw) <= OUTPUT_TOKENS_MAX:
+        raise invalid(f"'{key}' must be an integer from 1 to {OUTPUT_TOKENS_MAX}.", key)
+    return int(raw)
+
+
+def _choices(fields: dict[str, Raw]) -> int:
+    choices = _integer(fields, "n") or 1
+    if choices > CHOICES_MAX:
+        raise invalid(f"'n' must be an integer from 1 to {CHOICES_MAX}.", "n")
+    return choices
+
+
+def _stream_options(fields: dict[str, Raw]) -> dict[str, Raw]:
+    raw = fields.get("stream_options")
+    if raw is None or bytes(raw) == b"null":
+        return {}
+    try:
+        return _options.decode(raw)
+    except msgspec.DecodeError as exc:
+        raise invalid("'stream_options' must be an object.", "stream_options") from exc
+
+
+def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
+    """(image parts, their bytes). Only text and images have a price; other parts are refused."""
+    raw = fields.get("messages")
+    if raw is None or not (hidden or b'"type"' in bytes(raw)):
+        return 0, 0
+    try:
+        messages = _messages.decode(raw)
+        parts = [part for content in _part_lists(messages) for part in _parts.decode(content)]
+        kinds = [(_part.decode(part).type, len(bytes(part))) for part in parts]
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise invalid(f"'messages' is malformed: {exc}.", "messages") from exc
+    for kind, _ in kinds:
+        if kind not in {"text", "refusal", "image_url"}:
+            message = f"Content of type '{kind}' has no price here."
+            raise invalid(message, "messages", "unpriced_parameter")
+    images = [size for kind, size in kinds if kind == "image_url"]
+    return len(images), sum(images)
+
+
+def _part_lists(messages: list[_Message]) -> Iterable[Raw]:
+    for message in messages:
+        if isinstance(message.content, Raw) and bytes(message.content)[:1] == b"[":
+            yield message.content
+
+
+def unknown_model(model: str, nearest: list[str]) -> ApiError:
+    """404 that names the nearest models."""
+    hint = f" Did you mean {', '.join(nearest)}?" if nearest else " See GET /v1/models."
+    message = f"The model '{model}' does not exist here.{hint} You were not charged."
+    return ApiError(404, "model_not_found", message, param="model")

@@ -1,0 +1,61 @@
+"""Event streams, frame by frame, with as little work for each byte as possible. Pure.
+
+A frame ends with an empty line. Frames are passed on as they came; only the few that carry usage,
+an error or the end are looked into.
+https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+"""
+
+DONE_FRAME = b"data: [DONE]\n\n"
+KEEPALIVE = b": keepalive\n\n"
+
+
+def complete_length(data: bytes) -> int:
+    """How many bytes of data are complete frames."""
+    if data.endswith(b"\n\n"):
+        return len(data)
+    lf = data.rfind(b"\n\n")
+    # Before a CRLF boundary there may be an LF one and the other way round: the later one counts.
+    crlf = data.rfind(b"\n\r\n", max(lf, 0))
+    return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
+
+
+def split_frames(complete: bytes) -> list[bytes]:
+    """Complete frames, each with its empty line."""
+    frames = []
+    start = 0
+    while start < len(complete):
+        lf = complete.find(b"\n\n", start)
+        crlf = complete.find(b"\n\r\n", start)
+        if crlf >= 0 and (lf < 0 or crlf < lf):
+            end = crlf + 3
+        else:
+            assert lf >= 0
+            end = lf + 2
+        frames.append(complete[start:end])
+        start = end
+    return frames
+
+
+def payload_of(frame: bytes) -> bytes:
+    """The data of a frame: its `data:` lines, joined; b'' for comments."""
+    if frame.startswith(b"data: ") and frame.find(b"\n") >= len(frame) - 2:
+        return frame[6:].rstrip(b"\r\n")
+    lines = []
+    for line in frame.replace(b"\r\n", b"\n").split(b"\n"):
+        if line.startswith(b"data:"):
+            lines.append(line[5:].removeprefix(b" "))
+    return b"\n".join(lines)
+
+
+def may_matter(complete: bytes) -> bool:
+    """False when no frame in here can carry usage, an error or the end: the common case.
+
+    Text that merely talks about them is escaped inside JSON strings and does not match, and
+    providers that were asked for usage write `"usage":null` into every frame.
+    """
+    if b"[DONE]" in complete or b'"error"' in complete:
+        return True
+    found = complete.count(b'"usage"')
+    return found != 0 and found != (
+        complete.count(b'"usage":null') + complete.count(b'"usage": null')
+    )

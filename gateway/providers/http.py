@@ -1,0 +1,93 @@
+"""The pooled HTTP client of the hot path: the only door to aiohttp.
+
+Answers come as they are: no redirects, no cookies, no environment proxies, no decompression that
+was not asked for. Deadlines are the relay's; only connecting has one of its own.
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import aiohttp
+
+from gateway.providers.upstream import UpstreamFailed
+
+# A gzip bomb must not outgrow what a body may be.
+DECODED_CHUNK_MAX = 1024 * 1024
+READ_BUFFER_BYTES = 256 * 1024
+# A refused or unresolved connection carried nothing; after it was made, anything may have arrived.
+_NOTHING_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
+
+
+class HttpReply:
+    """An aiohttp response as an UpstreamReply."""
+
+    __slots__ = ("_content", "_inflate", "_response", "headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self._content = response.content
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        # 47: zlib or gzip, whichever it is. Some providers compress although told not to.
+        self._inflate = zlib.decompressobj(47) if encoding in {"gzip", "deflate"} else None
+
+    async def read(self) -> bytes:
+        try:
+            while chunk := await self._content.readany():
+                data = chunk if self._inflate is None else self._inflated(chunk)
+                if data:
+                    return data
+        except (aiohttp.ClientError, OSError) as exc:
+            reason = f"the answer broke off: {type(exc).__name__}"
+            raise UpstreamFailed(reason, may_have_billed=True) from exc
+        return b""
+
+    def _inflated(self, chunk: bytes) -> bytes:
+        assert self._inflate is not None
+        try:
+            data = self._inflate.decompress(chunk, DECODED_CHUNK_MAX)
+        except zlib.error as exc:
+            raise UpstreamFailed("the answer is badly compressed", may_have_billed=True) from exc
+        if self._inflate.unconsumed_tail:
+            raise UpstreamFailed("the answer inflates too far", may_have_billed=True)
+        return data
+
+    def close(self) -> None:
+        if self._content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
+
+
+class HttpClient:
+    """A connection pool shared by all providers of a worker."""
+
+    def __init__(self, connect_timeout_s: float) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            read_bufsize=READ_BUFFER_BYTES,
+            max_line_size=16 * 1024,
+            max_field_size=16 * 1024,
+        )
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> HttpReply:
+        """POST and wait for the head. Raises UpstreamFailed."""
+        try:
+            response = await self._session.post(
+                url, data=body, headers=headers, allow_redirects=False
+            )
+        except _NOTHING_SENT as exc:
+            reason = f"no connection: {type(exc).__name__}"
+            raise UpstreamFailed(reason, may_have_billed=False) from exc
+        except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+            reason = f"no answer: {type(exc).__name__}"
+            raise UpstreamFailed(reason, may_have_billed=True) from exc
+        return HttpReply(response)
+
+    async def close(self) -> None:
+        await self._session.close()

@@ -1,0 +1,28 @@
+"""Providers that speak OpenAI's protocol: OpenAI, OpenRouter, LiteLLM, vLLM and the rest."""
+
+from config.settings import Provider
+from gateway.providers.http import HttpClient
+from gateway.providers.upstream import UpstreamReply, UpstreamRequest
+
+
+class OpenAIUpstream:
+    """One base URL and one key. What the client sent in headers does not go upstream."""
+
+    def __init__(self, provider: Provider, client: HttpClient) -> None:
+        self._base_url = provider.base_url.rstrip("/")
+        self._client = client
+        self._headers = {
+            "accept": "application/json, text/event-stream",
+            # Usage is found in the bytes of the answer, so they must not be compressed.
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+            "user-agent": "farebox",
+        }
+        if provider.key:
+            self._headers["authorization"] = f"Bearer {provider.key.reveal()}"
+
+    async def send(self, request: UpstreamRequest) -> UpstreamReply:
+        return await self._client.post(self._base_url + request.path, self._headers, request.body)
+
+    async def close(self) -> None:
+        """The client is shared and closed by its owner."""

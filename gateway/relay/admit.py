@@ -1,0 +1,76 @@
+"""Stage 2: find the model, size the hold, place it. Nothing goes upstream before this."""
+
+from datetime import UTC, datetime
+
+from billing.errors import ReceiptsPending, TillRefused, TillUnavailable
+from billing.prices import Rates
+from billing.quote import CallSize, hold_for, input_ceiling
+from billing.receipts import Outcome, encode_receipt
+from gateway.errors import invalid, unavailable
+from gateway.protocols.chat import unknown_model
+from gateway.protocols.facts import CallFacts
+from gateway.relay.call import Arrival, Call, Caller, ModelRoute
+from gateway.services import Services
+
+
+class MaybeAdmitted(Exception):
+    """The till did not say whether it took the hold: end it as if it had."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+async def admit(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
+    """An admitted call whose hold is in the till.
+
+    Raises ApiError, a billing refusal, or MaybeAdmitted.
+    """
+    route = services.catalog.find(facts.model)
+    if route is None:
+        raise unknown_model(facts.model, services.catalog.nearest(facts.model))
+    if services.is_draining:
+        raise unavailable("The gateway is shutting down.")
+    if not services.settler.accepts:
+        raise ReceiptsPending
+    if services.open_calls >= services.settings.limits.open_requests_per_worker:
+        raise unavailable("The gateway is busy.")
+    call = Call(arrival, caller, facts, route, services.prices.at(route.model, datetime.now(UTC)))
+    _size_hold(call, services.settings.billing.unpriced == "free")
+    draft = encode_receipt(call.new_receipt(Outcome.RECOVERED))
+    try:
+        await services.till.admit(caller.scopes, call.request_id, call.hold_nanos, draft)
+    except (TillUnavailable, TillRefused) as exc:
+        raise MaybeAdmitted(call) from exc
+    call.is_open = True
+    return call
+
+
+def _size_hold(call: Call, unpriced_is_free: bool) -> None:
+    facts, route = call.facts, call.route
+    output_tokens = facts.output_tokens or route.output_tokens_max
+    size = CallSize(
+        text_bytes=facts.text_bytes,
+        image_parts=facts.image_parts,
+        output_tokens=output_tokens + facts.extra_output_tokens,
+        choices=facts.choices,
+    )
+    call.input_ceiling = input_ceiling(size, route.image_tokens_max)
+    call.output_max = size.output_tokens * size.choices
+    rates = call.rates
+    if rates is None:
+        if not unpriced_is_free:
+            message = f"The model '{facts.model}' has no price, so it cannot be used yet."
+            raise invalid(message, "model", "unpriced_model")
+        return
+    _refuse_unpriced(facts, route, rates)
+    call.hold_nanos = hold_for(size, route.image_tokens_max, rates, route.markup_bps)
+
+
+def _refuse_unpriced(facts: CallFacts, route: ModelRoute, rates: Rates) -> None:
+    if facts.image_parts and not route.image_tokens_max:
+        message = f"The model '{facts.model}' has no price for images."
+        raise invalid(message, "messages", "unpriced_parameter")
+    if facts.audio_output and rates.audio_output_rate is None:
+        message = f"The model '{facts.model}' has no price for audio."
+        raise invalid(message, "modalities", "unpriced_parameter")

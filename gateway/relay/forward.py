@@ -1,0 +1,127 @@
+"""Stage 3: send the call upstream, and say what a bad answer means to the client.
+
+The provider's 401, 402 and 403 are about the operator's credential, never the caller's, so they
+must not look like the caller's; its 429 is not the tenant's own limit.
+"""
+
+from decimal import Decimal
+
+import msgspec
+
+from billing.money import read_reported_usd
+from gateway.errors import NOT_CHARGED, ApiError, upstream_error
+from gateway.protocols.chat import upstream_body
+from gateway.protocols.chat_answer import read_answer
+from gateway.providers.upstream import UpstreamFailed, UpstreamReply, UpstreamRequest
+from gateway.relay.call import Call
+from gateway.relay.watchdog import DeadlineMissed, Watchdog
+from gateway.services import Services
+
+CHAT_PATH = "/chat/completions"
+ERROR_BYTES_MAX = 64 * 1024
+ERROR_READ_S = 10.0
+MESSAGE_CHARS_MAX = 2000
+# What the caller can mend keeps its status.
+CALLERS_OWN = frozenset({400, 413, 415, 422})
+RETRY_AFTER_MAX_S = 60
+# Header of a cost in USD: https://docs.litellm.ai/docs/proxy/cost_tracking
+COST_HEADER = "x-litellm-response-cost"
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    type: str | None = None
+    code: str | int | None = None
+    param: str | None = None
+
+
+async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
+    """Send the call; returns when the head of the answer is there.
+
+    Raises UpstreamFailed or DeadlineMissed.
+    """
+    request = UpstreamRequest(
+        path=CHAT_PATH,
+        model=call.route.upstream_model,
+        body=upstream_body(call.facts, call.route.upstream_model),
+        stream=call.facts.stream,
+        request_id=call.request_id,
+    )
+    # On the wire before the request is: whoever finds this hold knows that it may have cost.
+    services.till.forwarded(call.caller.scopes, call.request_id)
+    reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
+    call.upstream_request_id = reply.headers.get("x-request-id", "")[:256]
+    return reply
+
+
+def cost_in_header(reply: UpstreamReply) -> Decimal | None:
+    """The cost in USD that LiteLLM writes into a header of its answers."""
+    text = reply.headers.get(COST_HEADER)
+    return None if text is None else read_reported_usd(text.strip())
+
+
+async def read_error(reply: UpstreamReply, dog: Watchdog) -> ApiError:
+    """The client's view of an answer whose status is not 2xx."""
+    body = b""
+    try:
+        while len(body) < ERROR_BYTES_MAX and (chunk := await dog.wait(reply.read(), ERROR_READ_S)):
+            body += chunk
+    except (UpstreamFailed, DeadlineMissed):
+        pass  # the status says enough
+    return _translate(reply, _error_in(body))
+
+
+def error_in_answer(body: bytes) -> ApiError | None:
+    """The client's view of an error that came with status 200; None when there is none."""
+    answer = read_answer(body)
+    if answer is None or not answer.has_error:
+        return None
+    return upstream_error(f"The provider failed: {_error_in(body).message}")
+
+
+def _error_in(body: bytes) -> _Error:
+    answer = read_answer(body)
+    if answer is None:
+        return _Error()
+    try:
+        error = msgspec.json.decode(answer.error, type=_Error | str | None)
+    except msgspec.DecodeError:
+        return _Error()
+    if isinstance(error, str):
+        error = _Error(message=error)
+    error = error or _Error()
+    error.message = error.message[:MESSAGE_CHARS_MAX]
+    return error
+
+
+def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
+    status = reply.status
+    said = f": {error.message}" if error.message else "."
+    if status in CALLERS_OWN:
+        return ApiError(
+            status,
+            str(error.code or "invalid_request"),
+            f"The provider refused the request (HTTP {status}){said} {NOT_CHARGED}",
+            kind=error.type or "invalid_request_error",
+            param=error.param,
+        )
+    if status == 429:
+        message = f"The provider is limiting our requests. {NOT_CHARGED} Try again later."
+        exc = upstream_error(message, status=503)
+        exc.headers = ((b"retry-after", b"%d" % _retry_after_s(reply)),)
+        return exc
+    if status in {401, 402, 403}:
+        message = f"The provider does not accept the gateway's credential (HTTP {status})."
+        return upstream_error(f"{message} Tell the operator. {NOT_CHARGED}")
+    if status == 404:
+        message = "The provider does not know this model (HTTP 404). Tell the operator."
+        return upstream_error(f"{message} {NOT_CHARGED}")
+    if status in {408, 504}:
+        message = f"The provider took too long (HTTP {status}). {NOT_CHARGED}"
+        return upstream_error(message, status=504, code="upstream_timeout")
+    return upstream_error(f"The provider failed (HTTP {status}){said} {NOT_CHARGED}")
+
+
+def _retry_after_s(reply: UpstreamReply) -> int:
+    text = reply.headers.get("retry-after", "")
+    return max(1, min(int(text), RETRY_AFTER_MAX_S)) if text.isdecimal() else 5

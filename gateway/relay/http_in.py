@@ -1,0 +1,130 @@
+"""The client's side of ASGI: headers, body, answers. No money here."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+from gateway.errors import NOT_CHARGED, ApiError, invalid
+from gateway.relay.call import Arrival
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+EXPOSED = (
+    b"x-request-id, x-receipt-id, x-farebox-overhead-ms, x-cost-usd, x-balance-usd, retry-after"
+)
+CORS: tuple[Header, ...] = (
+    (b"access-control-allow-origin", b"*"),
+    (b"access-control-expose-headers", EXPOSED),
+)
+PREFLIGHT: tuple[Header, ...] = (
+    (b"access-control-allow-origin", b"*"),
+    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-headers", b"*, authorization"),
+    (b"access-control-max-age", b"7200"),
+)
+JSON: Header = (b"content-type", b"application/json")
+LABEL_CHARS_MAX = 128
+RETRIES_MAX = 1000
+
+
+class ClientLeft(Exception):
+    """The client hung up before its request was complete."""
+
+
+def header_map(scope: Scope) -> dict[bytes, bytes]:
+    """Headers by lower-case name; the server gives them in lower case."""
+    return dict(scope["headers"])
+
+
+def check_headers(scope: Scope, headers: Mapping[bytes, bytes], bytes_max: int) -> None:
+    """Refuse headers that are too large, and bodies that are compressed or not JSON."""
+    if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > bytes_max:
+        message = f"The headers are larger than {bytes_max} bytes. {NOT_CHARGED}"
+        raise ApiError(431, "headers_too_large", message)
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        message = f"Compressed request bodies are not accepted. {NOT_CHARGED}"
+        raise ApiError(415, "unsupported_encoding", message)
+    content_type = headers.get(b"content-type", b"application/json").lower()
+    if not content_type.startswith(b"application/json"):
+        message = f"The body must be JSON: send 'Content-Type: application/json'. {NOT_CHARGED}"
+        raise ApiError(415, "unsupported_media_type", message)
+
+
+def note_labels(arrival: Arrival, headers: Mapping[bytes, bytes]) -> None:
+    """Keep the client's own request id and retry count, as labels only."""
+    label = headers.get(b"x-request-id")
+    if label is not None:
+        text = label[:LABEL_CHARS_MAX].decode("latin-1")
+        arrival.client_request_id = "".join(c for c in text if c.isprintable())
+    retries = headers.get(b"x-stainless-retry-count", b"0")
+    if retries.isdigit():
+        arrival.client_retry_count = min(int(retries[:9]), RETRIES_MAX)
+
+
+async def read_body(
+    receive: Receive, headers: Mapping[bytes, bytes], bytes_max: int, timeout_s: float
+) -> bytes:
+    """The whole body. Raises ApiError 413 or 400, or ClientLeft."""
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise _too_large(bytes_max)
+    message = await receive_within(receive, timeout_s)
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body", False):
+        return _checked(body, bytes_max)
+    loop = asyncio.get_running_loop()
+    ends_at = loop.time() + timeout_s
+    parts, size = [body], len(body)
+    while message.get("more_body", False):
+        message = await receive_within(receive, ends_at - loop.time())
+        part: bytes = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        if size > bytes_max:
+            raise _too_large(bytes_max)
+    return b"".join(parts)
+
+
+async def receive_within(receive: Receive, timeout_s: float) -> Message:
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await receive()
+    except TimeoutError as exc:
+        # Never 408: SDKs repeat it by themselves.
+        exc_400 = invalid("The body did not arrive in time.")
+        exc_400.headers = ((b"connection", b"close"),)
+        raise exc_400 from exc
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return message
+
+
+def _checked(body: bytes, bytes_max: int) -> bytes:
+    if len(body) > bytes_max:
+        raise _too_large(bytes_max)
+    return body
+
+
+def _too_large(bytes_max: int) -> ApiError:
+    message = f"The body is larger than {bytes_max} bytes. {NOT_CHARGED}"
+    return ApiError(413, "request_too_large", message, headers=((b"connection", b"close"),))
+
+
+async def send_answer(send: Send, status: int, headers: Iterable[Header], body: bytes) -> None:
+    """A whole answer."""
+    all_headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(
+    send: Send, exc: ApiError, arrival: Arrival, extra: Iterable[Header] = ()
+) -> None:
+    """An error as the OpenAI envelope, with the ids that support asks for."""
+    request_id = f"req_{arrival.request_id}"
+    headers = [JSON, (b"x-request-id", request_id.encode()), *CORS, *exc.headers, *extra]
+    await send_answer(send, exc.status, headers, exc.body(request_id))

@@ -1,0 +1,224 @@
+"""Stage 4: what the answer cost, read from its bytes as they pass.
+
+`StreamMeter` cuts a byte stream into what may leave at once and the few frames that carry usage,
+an error or the end. `BodyMeter` does the same for a JSON body. Both keep the text that came, so
+that tokens can be counted when the provider reports none.
+"""
+
+from collections.abc import Iterator
+from enum import Enum, auto
+
+import msgspec
+from msgspec import Raw
+
+from gateway.protocols import sse
+from gateway.protocols.chat_answer import (
+    Answer,
+    read_answer,
+    read_string,
+    read_usage,
+    replace_usage,
+    texts_in,
+)
+from gateway.protocols.facts import UsageReport
+
+# Frames are kept as they came and turned into text when this many bytes have gathered.
+KEPT_BYTES_MAX = 64 * 1024
+# The end of a frame that is too long to be held back, searched for its usage.
+LONG_TAIL_BYTES = 16 * 1024
+
+
+class PieceKind(Enum):
+    """What the reply does with a piece."""
+
+    PLAIN = auto()
+    """Send it."""
+    USAGE = auto()
+    """A frame with nothing but usage: settle, and send it only to a client that asked."""
+    ERROR = auto()
+    """The provider failed in the middle: the stream ends here."""
+    DONE = auto()
+    """The end: settle, then send it."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    kind: PieceKind
+    data: bytes
+    answer: Answer | None = None
+
+
+class Seen:
+    """What was learned from an answer so far."""
+
+    def __init__(self) -> None:
+        self.report: UsageReport | None = None
+        self.usage_raw: Raw | None = None
+        self.model = ""
+        self.upstream_id = ""
+        self.bytes = 0
+        self._texts: list[str] = []
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+
+    def note(self, answer: Answer) -> None:
+        """Take over what an answer or frame says of itself."""
+        self.model = read_string(answer.model) or self.model
+        self.upstream_id = read_string(answer.id) or self.upstream_id
+        if answer.has_usage:
+            report = read_usage(answer.usage)
+            # A usage without counts never takes the place of one with counts.
+            if self.report is None or report.usage is not None:
+                self.report = report
+                self.usage_raw = answer.usage
+
+    def keep(self, frames: bytes) -> None:
+        self._kept.append(frames)
+        self._kept_bytes += len(frames)
+        if self._kept_bytes > KEPT_BYTES_MAX:
+            self._fold()
+
+    def text(self) -> str:
+        """All text that came."""
+        self._fold()
+        return "".join(self._texts)
+
+    def learn_ids(self) -> None:
+        """Model and id from the first frame, when no frame with usage told them."""
+        for frame in sse.split_frames(b"".join(self._kept[:1])):
+            answer = read_answer(sse.payload_of(frame))
+            if answer is not None:
+                self.model = self.model or read_string(answer.model)
+                self.upstream_id = self.upstream_id or read_string(answer.id)
+
+    def add_text(self, texts: Iterator[str]) -> None:
+        self._texts.extend(texts)
+
+    def _fold(self) -> None:
+        if not self.model:
+            self.learn_ids()
+        kept, self._kept, self._kept_bytes = self._kept, [], 0
+        for frame in sse.split_frames(b"".join(kept)):
+            self._texts.extend(texts_in(sse.payload_of(frame)))
+
+
+class StreamMeter:
+    """Feed it what arrives; it yields pieces in order. Frames leave whole, as they came."""
+
+    def __init__(self, *, buffer_bytes_max: int) -> None:
+        self.seen = Seen()
+        self.is_done = False
+        self._buffer_bytes_max = buffer_bytes_max
+        self._tail = b""
+        self._long_tail: bytes | None = None
+
+    @property
+    def is_mid_frame(self) -> bool:
+        """True while part of a frame was passed on: nothing may come between."""
+        return self._long_tail is not None
+
+    def feed(self, chunk: bytes) -> list[Piece]:
+        """The pieces that are complete now."""
+        self.seen.bytes += len(chunk)
+        if self.is_done:
+            return []
+        if self._long_tail is not None:
+            return self._feed_long(chunk)
+        data = self._tail + chunk if self._tail else chunk
+        length = sse.complete_length(data)
+        self._tail = data[length:] if length < len(data) else b""
+        if not length:
+            return self._begin_long() if len(self._tail) > self._buffer_bytes_max else []
+        complete = data[:length] if self._tail else data
+        if not sse.may_matter(complete):
+            self.seen.keep(complete)
+            return [Piece(PieceKind.PLAIN, complete)]
+        return list(self._look_into(complete))
+
+    def end(self) -> list[Piece]:
+        """The pieces of a last frame whose empty line never came."""
+        if not self._tail or self.is_done:
+            return []
+        tail, self._tail = self._tail.rstrip(b"\r\n"), b""
+        return list(self._look_into(tail + b"\n\n")) if tail else []
+
+    def _look_into(self, complete: bytes) -> Iterator[Piece]:
+        plain: list[bytes] = []
+        for frame in sse.split_frames(complete):
+            piece = self._piece_of(frame)
+            if piece.kind is PieceKind.PLAIN:
+                plain.append(piece.data)
+                continue
+            if plain:
+                yield self._plain(plain)
+                plain = []
+            yield piece
+            if piece.kind in {PieceKind.DONE, PieceKind.ERROR}:
+                self.is_done = True
+                return
+        if plain:
+            yield self._plain(plain)
+
+    def _plain(self, frames: list[bytes]) -> Piece:
+        data = b"".join(frames)
+        self.seen.keep(data)
+        return Piece(PieceKind.PLAIN, data)
+
+    def _piece_of(self, frame: bytes) -> Piece:
+        payload = sse.payload_of(frame)
+        if payload.strip() == b"[DONE]":
+            return Piece(PieceKind.DONE, frame)
+        answer = read_answer(payload) if sse.may_matter(frame) else None
+        if answer is None or not (answer.has_error or answer.has_usage):
+            return Piece(PieceKind.PLAIN, frame)
+        self.seen.note(answer)
+        if answer.has_error:
+            self.seen.add_text(texts_in(payload))
+            return Piece(PieceKind.ERROR, frame, answer)
+        if not answer.has_choices:
+            return Piece(PieceKind.USAGE, frame, answer)
+        # Usage beside text: what the provider billed is not told to the client.
+        return Piece(PieceKind.PLAIN, replace_usage(frame, answer.usage, b"null"))
+
+    def _begin_long(self) -> list[Piece]:
+        """The frame does not fit into the buffer: it passes in parts, unseen but for its end."""
+        data, self._tail = self._tail, b""
+        self._long_tail = data[-LONG_TAIL_BYTES:]
+        return [Piece(PieceKind.PLAIN, data)]
+
+    def _feed_long(self, chunk: bytes) -> list[Piece]:
+        assert self._long_tail is not None
+        # The boundary may lie across two chunks: look from three bytes before this one.
+        before = self._long_tail[-3:]
+        joined = before + chunk
+        ends = [at + len(mark) for mark in (b"\n\n", b"\n\r\n") if (at := joined.find(mark)) >= 0]
+        if not ends:
+            self._long_tail = (self._long_tail + chunk)[-LONG_TAIL_BYTES:]
+            return [Piece(PieceKind.PLAIN, chunk)]
+        end = min(ends) - len(before)
+        last, rest = chunk[:end], chunk[end:]
+        self._note_long(self._long_tail + last)
+        self._long_tail = None
+        pieces = [Piece(PieceKind.PLAIN, last)] if last else []
+        self.seen.bytes -= len(rest)
+        return pieces + (self.feed(rest) if rest else [])
+
+    def _note_long(self, tail: bytes) -> None:
+        at = tail.rfind(b'"usage"')
+        if at >= 0:
+            answer = read_answer(b"{" + tail[at:].strip())
+            if answer is not None:
+                self.seen.note(answer)
+
+
+class BodyMeter:
+    """A whole JSON answer."""
+
+    def __init__(self) -> None:
+        self.seen = Seen()
+        self.answer: Answer | None = None
+
+    def read(self, body: bytes) -> None:
+        self.seen.bytes = len(body)
+        self.answer = read_answer(body)
+        if self.answer is not None:
+            self.seen.note(self.answer)

@@ -1,0 +1,80 @@
+"""GET /v1/models and /v1/models/{id}: from memory, with prices."""
+
+from datetime import UTC, datetime
+
+import msgspec
+
+from billing.errors import BillingError
+from gateway.errors import ApiError, to_api_error
+from gateway.protocols.chat import unknown_model
+from gateway.relay.call import Arrival, ModelRoute
+from gateway.relay.http_in import CORS, JSON, Scope, Send, header_map, send_answer, send_error
+from gateway.services import Services
+from keys.errors import KeysError
+
+CREATED = 1_700_000_000
+ROUTE = "/v1/models"
+# One nano over a million tokens and ten thousand basis points: prices per token stay exact.
+DIGITS = 9 + 6 + 4
+
+
+async def list_models(services: Services, arrival: Arrival, scope: Scope, send: Send) -> None:
+    models = [_model(services, route) for route in services.catalog.all()]
+    await _answer(services, arrival, scope, send, {"object": "list", "data": models})
+
+
+async def one_model(
+    services: Services, arrival: Arrival, scope: Scope, send: Send, model: str
+) -> None:
+    route = services.catalog.find(model)
+    answer: object = None
+    if route is not None:
+        answer = _model(services, route)
+    else:
+        answer = unknown_model(model, services.catalog.nearest(model))
+    await _answer(services, arrival, scope, send, answer)
+
+
+async def _answer(
+    services: Services, arrival: Arrival, scope: Scope, send: Send, answer: object
+) -> None:
+    try:
+        await services.authenticator.authenticate(header_map(scope))
+        if isinstance(answer, ApiError):
+            raise answer
+    except (ApiError, KeysError, BillingError) as exc:
+        error = to_api_error(exc)
+        services.metrics.count_request(ROUTE, error.status, error.code)
+        await send_error(send, error, arrival)
+        return
+    services.metrics.count_request(ROUTE, 200, "")
+    request_id = (b"x-request-id", f"req_{arrival.request_id}".encode())
+    await send_answer(send, 200, [JSON, request_id, *CORS], msgspec.json.encode(answer))
+
+
+def _model(services: Services, route: ModelRoute) -> dict[str, object]:
+    version = services.prices.at(route.model, datetime.now(UTC))
+    model: dict[str, object] = {
+        "id": route.model,
+        "object": "model",
+        "created": CREATED,
+        "owned_by": route.owned_by,
+        "context_length": route.context_tokens,
+        "max_output_tokens": route.output_tokens_max,
+    }
+    if version is not None:
+        rates = version.rates
+        model["pricing"] = {
+            "prompt": _per_token(rates.input_rate, route.markup_bps),
+            "completion": _per_token(rates.output_rate, route.markup_bps),
+            "input_cache_read": _per_token(rates.cached_input_rate, route.markup_bps),
+            "input_cache_write": _per_token(rates.cache_write_rate, route.markup_bps),
+            "internal_reasoning": _per_token(rates.reasoning_rate, route.markup_bps),
+        }
+    return model
+
+
+def _per_token(rate: int, markup_bps: int) -> str:
+    """The user's price of one token in USD, exactly: '0.0000003'."""
+    digits = f"{rate * markup_bps:0{DIGITS + 1}d}"
+    return f"{digits[:-DIGITS]}.{digits[-DIGITS:]}".rstrip("0").rstrip(".")

@@ -1,0 +1,72 @@
+"""The way of a chat completion: authenticate, read, admit, then the reply does the rest."""
+
+from billing.errors import BillingError
+from billing.receipts import Outcome
+from gateway.errors import ApiError, to_api_error
+from gateway.protocols import chat
+from gateway.relay.admit import MaybeAdmitted, admit
+from gateway.relay.call import Arrival, Call
+from gateway.relay.http_in import (
+    ClientLeft,
+    Receive,
+    Scope,
+    Send,
+    check_headers,
+    header_map,
+    note_labels,
+    read_body,
+    send_error,
+)
+from gateway.relay.meter import Seen
+from gateway.relay.record import record
+from gateway.relay.reply import Reply
+from gateway.relay.settle import VOID, end_call, finish, wait_settled
+from gateway.services import Services
+from keys.errors import KeysError
+
+ROUTE = "/v1/chat/completions"
+
+
+async def chat_completions(
+    services: Services, arrival: Arrival, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Serve one chat completion, or refuse it with the OpenAI envelope."""
+    try:
+        call = await _admitted(services, arrival, scope, receive)
+    except ClientLeft:
+        services.metrics.count_request(ROUTE, 0, "client_left")
+        return
+    except (ApiError, KeysError, BillingError) as exc:
+        error = to_api_error(exc)
+        services.metrics.count_request(ROUTE, error.status, error.code)
+        await send_error(send, error, arrival)
+        return
+    except MaybeAdmitted as exc:
+        error = to_api_error(exc.__cause__)  # type: ignore[arg-type]
+        services.metrics.count_request(ROUTE, error.status, error.code)
+        await send_error(send, error, arrival)
+        await finish(_void(services, exc.call))
+        return
+    reply = Reply(services, call)
+    await reply(scope, receive, send)
+    services.metrics.count_request(ROUTE, reply.client.status, reply.code)
+
+
+async def _admitted(services: Services, arrival: Arrival, scope: Scope, receive: Receive) -> Call:
+    settings = services.settings
+    headers = header_map(scope)
+    check_headers(scope, headers, settings.limits.headers_bytes_max)
+    caller = await services.authenticator.authenticate(headers)
+    note_labels(arrival, headers)
+    body = await read_body(
+        receive, headers, settings.limits.body_bytes_max, settings.timeouts.body_s
+    )
+    return await admit(services, arrival, caller, chat.read_facts(body))
+
+
+async def _void(services: Services, call: Call) -> None:
+    """The till did not say whether the hold is there: one free receipt ends it in any case."""
+    call.is_open = True
+    settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
+    record(services, call, settled.receipt)
+    await wait_settled(settled)

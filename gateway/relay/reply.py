@@ -1,0 +1,171 @@
+"""The answer to one admitted call. It owns the hold from admission until the receipt is settled.
+
+Whatever happens - the client leaves while we wait for the provider or for its socket, the provider
+fails at any point, the task is cancelled - the call ends with exactly one receipt, handed to till
+and book before `__call__` returns.
+Failure: every way a provider can fail becomes an error the client understands, and a receipt.
+"""
+
+import asyncio
+import logging
+import time
+from decimal import Decimal
+
+from billing.receipts import Outcome
+from billing.settler import Settled
+from gateway.errors import NOT_CHARGED, ApiError, upstream_error
+from gateway.providers.upstream import UpstreamFailed, UpstreamReply
+from gateway.relay.body import relay_body
+from gateway.relay.call import Call
+from gateway.relay.client import Client
+from gateway.relay.forward import cost_in_header, forward, read_error
+from gateway.relay.http_in import CORS, JSON, Header, Receive, Scope, Send
+from gateway.relay.meter import Seen
+from gateway.relay.record import record
+from gateway.relay.settle import (
+    VOID,
+    Bill,
+    bill_counted,
+    bill_reported,
+    end_call,
+    finish,
+    wait_settled,
+)
+from gateway.relay.stream import relay_stream
+from gateway.relay.watchdog import DeadlineMissed, Watchdog
+from gateway.services import Services
+
+log = logging.getLogger("gateway.relay")
+
+
+class Reply:
+    """An ASGI callable for one call; used once."""
+
+    def __init__(self, services: Services, call: Call) -> None:
+        self.services = services
+        self.call = call
+        self.seen = Seen()
+        self.header_usd: Decimal | None = None
+        self.upstream: UpstreamReply | None = None
+        self.client: Client
+        self.dog: Watchdog
+        self._forwarded = False
+        self._is_draining = False
+        self.code = ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timeouts = self.services.settings.timeouts
+        self.dog = Watchdog(timeouts.request_total_s)
+        self.client = Client(scope, send, self.dog, timeouts.write_stall_s)
+        watch = self.services.tasks.start(
+            self.client.watch(receive, self._client_left), "client.watch"
+        )
+        self.services.open_calls += 1
+        try:
+            await self._relay()
+        finally:
+            try:
+                if self.call.is_open:
+                    await finish(self._end_cut_off())
+            finally:
+                self._let_go(watch)
+
+    async def _relay(self) -> None:
+        try:
+            self._forwarded = True
+            self.upstream = await forward(self.services, self.call, self.dog)
+            if not 200 <= self.upstream.status < 300:
+                await self.fail(await read_error(self.upstream, self.dog), Outcome.VOIDED)
+            elif self.upstream.headers.get("content-type", "").startswith("text/event-stream"):
+                self.header_usd = cost_in_header(self.upstream)
+                await relay_stream(self)
+            else:
+                self.header_usd = cost_in_header(self.upstream)
+                await relay_body(self)
+        except UpstreamFailed as exc:
+            await self._upstream_failed(exc)
+        except DeadlineMissed:
+            await self._too_late()
+
+    async def _upstream_failed(self, exc: UpstreamFailed) -> None:
+        facts = {"request_id": self.call.request_id, "provider": self.call.route.provider}
+        log.warning("upstream.failed", extra={**facts, "reason": exc.reason})
+        if self.client.gone:
+            return  # _end_cut_off charges what came
+        outcome = Outcome.UPSTREAM_FAILED if exc.may_have_billed else Outcome.VOIDED
+        message = f"The provider failed: {exc.reason}. {NOT_CHARGED}"
+        await self.fail(upstream_error(message, may_have_billed=exc.may_have_billed), outcome)
+
+    async def _too_late(self) -> None:
+        if self.client.gone:
+            return
+        message = f"The provider did not answer in time. {NOT_CHARGED}"
+        exc = upstream_error(message, status=504, code="upstream_timeout", may_have_billed=True)
+        await self.fail(exc, Outcome.UPSTREAM_FAILED)
+
+    async def fail(self, exc: ApiError, outcome: Outcome) -> None:
+        """End the call free of charge and answer with an error. Only before any of the answer."""
+        assert not self.client.head_sent
+        self.code = exc.code
+        await wait_settled(self.settle(outcome, VOID))
+        request_id = f"req_{self.call.request_id}"
+        body = exc.body(request_id)
+        length = (b"content-length", b"%d" % len(body))
+        headers = [JSON, length, *self.id_headers(), *exc.headers]
+        await self.client.head(exc.status, headers)
+        await self.client.body(body, more=False)
+
+    async def bill(self) -> Bill:
+        """What the provider reported, else our own count of what came."""
+        reported = bill_reported(self.call, self.seen, self.header_usd)
+        if reported is not None:
+            return reported
+        return await bill_counted(self.call, self.seen, self.header_usd, self.services.counter)
+
+    def settle(self, outcome: Outcome, bill: Bill) -> Settled:
+        """End the call: one receipt, on its way to till and book when this returns."""
+        if self.client.gone and outcome is Outcome.COMPLETE:
+            outcome = Outcome.CLIENT_LEFT
+        settled = end_call(self.services, self.call, outcome, bill, self.seen)
+        record(self.services, self.call, settled.receipt)
+        return settled
+
+    async def _end_cut_off(self) -> None:
+        """The client left, or the task was cancelled: charge what the provider did till now."""
+        if not self._forwarded:
+            await wait_settled(self.settle(Outcome.VOIDED, VOID))
+            return
+        await wait_settled(self.settle(Outcome.CLIENT_LEFT, await self.bill()))
+
+    def _client_left(self) -> None:
+        """Read the provider on for its usage, but not for long, and not for too many at once."""
+        services = self.services
+        if services.drains >= services.settings.limits.drains_max:
+            self.dog.shorten(0)
+            return
+        self._is_draining = True
+        services.drains += 1
+        self.dog.shorten(services.settings.timeouts.drain_s)
+
+    def _let_go(self, watch: asyncio.Task[None]) -> None:
+        services = self.services
+        services.open_calls -= 1
+        services.drains -= self._is_draining
+        self.dog.stop()
+        if self.upstream is not None:
+            self.upstream.close()
+        watch.cancel()
+
+    def id_headers(self) -> list[Header]:
+        """Ids and our own share of the time, on every answer."""
+        call = self.call
+        spent_s = time.monotonic() - call.arrival.started_mono
+        overhead_s = max(spent_s - call.upstream_wait_s, 0)
+        self.services.metrics.overhead.observe(overhead_s)
+        request_id = call.request_id.encode()
+        return [
+            (b"x-request-id", b"req_" + request_id),
+            (b"x-receipt-id", b"rcpt_" + request_id),
+            (b"x-farebox-overhead-ms", b"%.2f" % (overhead_s * 1000)),
+            *CORS,
+        ]

@@ -1,0 +1,164 @@
+"""One worker: uvicorn with our own protocol limits and our own signal handling.
+
+uvicorn would raise a caught SIGTERM again after it stopped, past every `finally`; here the signal
+only says that it is time, and everything ends in order.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from config.ids import id_text, new_id
+from config.settings import Settings
+from gateway.app import build_app
+from gateway.asgi import Edge
+from gateway.errors import NOT_CHARGED, ApiError
+from gateway.metrics import Metrics
+from gateway.services import Services, open_services
+
+log = logging.getLogger("gateway.server")
+
+# Beyond the limit that gets a polite 431, the connection is cut.
+HEADERS_CUT_FACTOR = 4
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol with deadlines and bounds for the head of a request."""
+
+    headers_timeout_s = 10.0
+    headers_bytes_max = 16 * 1024
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _in_head = True
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.headers_bytes_max * HEADERS_CUT_FACTOR:
+            self._refuse(431, "headers_too_large", "The headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        if self._head_timer is None:
+            self._wait_for_head()
+        # For a client that stopped reading: closing politely would wait for it.
+        self.scope["farebox.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = 0
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "invalid_request", msg)
+
+    def _wait_for_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.headers_timeout_s, self._head_too_late)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_too_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            # Never 408 (SDKs repeat it); a client that sends no head reads no answer either.
+            self.transport.close()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        error = ApiError(status, code, f"{message} {NOT_CHARGED}")
+        body = error.body(f"req_{id_text(new_id())}")
+        head = (
+            f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server whose signals are handled by the worker."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run_worker(settings: Settings, sock: socket.socket, multiprocess_dir: str = "") -> None:
+    """Serve on a listening socket until SIGTERM or SIGINT, then drain and settle.
+
+    A second signal ends the drain; what is open then is settled as it stands.
+    Raises BookUnavailable when Postgres cannot be reached at start.
+    """
+    stop = asyncio.Event()
+    hurry = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, on_signal)
+    async with open_services(settings, Metrics(multiprocess_dir)) as services:
+        server = _server(settings, services)
+        serving = services.tasks.start(server.serve(sockets=[sock]), "server")
+        stopping = services.tasks.start(stop.wait(), "stop")
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        log.info("worker.draining", extra={"open": services.open_calls})
+        services.is_draining = True
+        server.should_exit = True
+        hurrying = services.tasks.start(hurry.wait(), "hurry")
+        await asyncio.wait([serving, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            for task in list(server.server_state.tasks):
+                task.cancel()
+            server.force_exit = True
+            await asyncio.wait([serving], timeout=settings.timeouts.drain_s)
+    log.info("worker.stopped")
+
+
+def _server(settings: Settings, services: Services) -> Server:
+    limits, timeouts = settings.limits, settings.timeouts
+    protocol = type(
+        "ConfiguredProtocol",
+        (Protocol,),
+        {
+            "headers_timeout_s": timeouts.headers_s,
+            "headers_bytes_max": limits.headers_bytes_max,
+        },
+    )
+    config = uvicorn.Config(
+        Edge(services, build_app(services)),
+        http=protocol,
+        loop="none",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.server.keepalive_timeout_s,
+        timeout_graceful_shutdown=settings.server.drain_timeout_s,
+    )
+    return Server(config)

@@ -1,0 +1,133 @@
+"""Everything a worker needs, built once and closed once."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+from billing import book
+from billing.errors import BillingError
+from billing.prices import PriceBook
+from billing.prices_store import load_prices
+from billing.settler import Settler
+from billing.till import AccountState, Scripts, Till
+from billing.till_link import TillLink
+from billing.tokens import TokenCounter
+from config.ids import id_text, new_id
+from config.settings import Settings
+from gateway.catalog import Catalog, build_catalog
+from gateway.metrics import Metrics, watch_loop
+from gateway.providers.http import HttpClient
+from gateway.relay.authenticate import Authenticator
+from gateway.supervise import Tasks
+
+log = logging.getLogger("gateway.services")
+
+FIRST_TILL_WAIT_S = 5.0
+
+
+class Services:
+    """The parts of a worker, and the few numbers they share."""
+
+    def __init__(self, settings: Settings, pool: book.Pool, metrics: Metrics) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.metrics = metrics
+        self.tasks = Tasks()
+        self.counter = TokenCounter()
+        self.client = HttpClient(settings.timeouts.upstream_connect_s)
+        self.catalog: Catalog = build_catalog(settings, self.client)
+        self.prices = PriceBook([])
+        self.authenticator = Authenticator(settings, pool, self.tasks)
+        scripts = Scripts()
+        self.link = TillLink(
+            settings.till.url.reveal(),
+            scripts.all(),
+            call_timeout_s=settings.till.call_timeout_ms / 1000,
+            stall_timeout_s=settings.till.stall_timeout_ms / 1000,
+            pending_max=settings.till.calls_pending_max,
+        )
+        self.till = Till(
+            self.link,
+            scripts,
+            worker=worker_name(),
+            lease_ms=settings.till.hold_lease_s * 1000,
+            read_account=self._read_account,
+            read_epoch=self._read_epoch,
+        )
+        self.settler = Settler(
+            pool,
+            self.till,
+            batch_max=settings.book.commit_batch_max,
+            pending_max=settings.book.receipts_pending_max,
+            on_result=metrics.count_settlements,
+        )
+        self.is_draining = False
+        self.open_calls = 0
+        self.drains = 0
+
+    async def _read_account(self, account_id: UUID) -> AccountState:
+        async with book.acquire(self.pool) as conn:
+            return await book.read_account(conn, account_id)
+
+    async def _read_epoch(self) -> int:
+        async with book.acquire(self.pool) as conn:
+            return await book.read_epoch(conn)
+
+    async def refresh_prices(self) -> None:
+        """Read the price book once. Raises BookUnavailable."""
+        async with book.acquire(self.pool) as conn:
+            self.prices = await load_prices(conn)
+
+    async def keep_prices(self) -> None:
+        """Read the price book again and again; an unreachable book leaves the last one in use."""
+        while True:
+            await asyncio.sleep(self.settings.billing.prices_refresh_s)
+            try:
+                await self.refresh_prices()
+            except BillingError as exc:
+                log.warning("prices.refresh_failed", extra={"error": str(exc)})
+
+    def sample(self) -> None:
+        """Gauges that are read from state."""
+        self.metrics.inflight.set(self.open_calls)
+        self.metrics.settlements_pending.set(self.settler.pending)
+        self.metrics.settlement_oldest.set(self.settler.oldest_age_s())
+
+
+def worker_name() -> str:
+    """A name for this worker that no other has, now or later."""
+    return f"w_{id_text(new_id())}"
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
+    """Build, start, and at the end settle everything that is still open.
+
+    Raises BookUnavailable when Postgres cannot be reached at start.
+    """
+    limits = settings.book
+    pool = await book.open_pool(
+        limits.url.reveal(),
+        limits.pool_size_max,
+        limits.connect_timeout_s,
+        limits.statement_timeout_ms,
+    )
+    services = Services(settings, pool, metrics)
+    try:
+        await services.refresh_prices()
+        services.link.start()
+        commits = services.tasks.start(services.settler.run_commits(), "settler.commits")
+        confirms = services.tasks.start(services.settler.run_confirms(), "settler.confirms")
+        services.tasks.start(services.keep_prices(), "prices.keep")
+        services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")
+        await services.link.wait_up(FIRST_TILL_WAIT_S)
+        yield services
+        services.settler.stop()
+        await asyncio.wait([commits, confirms], timeout=settings.server.drain_timeout_s)
+    finally:
+        await services.tasks.close()
+        await services.client.close()
+        await services.link.close()
+        pool.terminate()

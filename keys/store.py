@@ -1,0 +1,186 @@
+"""API keys in Postgres. Every query that acts for a tenant carries its account.
+
+Failure: KeysUnavailable when Postgres does not answer in time.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from config.ids import new_id
+from keys.api_key import Kind, NewKey, digest, generate
+from keys.errors import KeyNotFound, KeysUnavailable
+from keys.principal import Principal
+
+Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+
+
+class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be shown of a key."""
+
+    id: UUID
+    billing_account_id: UUID
+    name: str
+    prefix: str
+    last4: str
+    status: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+class KeyTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new key may do."""
+
+    name: str
+    kind: Kind = "live"
+    expires_at: datetime | None = None
+    open_requests_max: int | None = None
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        raise KeysUnavailable from exc
+
+
+# Revoked and unknown keys give the same empty answer, by the same path.
+SELECT_PRINCIPALS = """
+SELECT
+    k.id, k.billing_account_id, k.virtual_key_id, k.digest, k.expires_at, k.open_requests_max,
+    a.status = 'active' AS account_active, a.open_requests_max AS account_open_max
+FROM app_api_keys AS k
+JOIN billing_accounts AS a ON a.id = k.billing_account_id
+WHERE k.digest = ANY ($1::bytea[]) AND k.status = 'active'
+"""
+
+
+async def find_principals(pool: asyncpg.Pool, digests: Sequence[bytes]) -> list[Principal]:
+    """The principals of active keys with one of these digests."""
+    async with _translated():
+        rows = await pool.fetch(SELECT_PRINCIPALS, list(digests))
+    return [
+        Principal(
+            account_id=row["billing_account_id"],
+            virtual_key_id=row["virtual_key_id"],
+            app_key_id=row["id"],
+            digest=row["digest"],
+            expires_at=row["expires_at"],
+            account_active=row["account_active"],
+            account_open_max=row["account_open_max"],
+            key_open_max=row["open_requests_max"],
+        )
+        for row in rows
+    ]
+
+
+SELECT_OPERATOR = """
+SELECT id
+FROM operator_keys
+WHERE digest = ANY ($1::bytea[]) AND revoked_at IS NULL
+"""
+
+
+async def is_operator(pool: asyncpg.Pool, digests: Sequence[bytes]) -> bool:
+    """True when one of these digests is that of a valid operator key."""
+    async with _translated():
+        return await pool.fetchval(SELECT_OPERATOR, list(digests)) is not None
+
+
+INSERT_VIRTUAL_KEY = "INSERT INTO virtual_keys (id, billing_account_id) VALUES ($1, $2)"
+INSERT_KEY = """
+INSERT INTO app_api_keys (
+    id, billing_account_id, virtual_key_id, name, prefix, last4, digest, expires_at,
+    open_requests_max
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+"""
+
+
+async def create_key(
+    conn: Connection, account_id: UUID, terms: KeyTerms, *, pepper: bytes
+) -> tuple[UUID, NewKey]:
+    """A new key with a virtual key of its own. The secret is in no table and shown only here.
+
+    Raises KeyNotFound when there is no such account.
+    """
+    key_id, virtual_key_id, new = new_id(), new_id(), generate(terms.kind)
+    values = (
+        key_id,
+        account_id,
+        virtual_key_id,
+        terms.name,
+        new.prefix,
+        new.last4,
+        digest(new.secret.encode(), pepper),
+        terms.expires_at,
+        terms.open_requests_max,
+    )
+    try:
+        async with conn.transaction():
+            await conn.execute(INSERT_VIRTUAL_KEY, virtual_key_id, account_id)
+            await conn.execute(INSERT_KEY, *values)
+    except asyncpg.ForeignKeyViolationError as exc:
+        raise KeyNotFound from exc
+    return key_id, new
+
+
+INSERT_OPERATOR_KEY = """
+INSERT INTO operator_keys (id, name, last4, digest)
+VALUES ($1, $2, $3, $4)
+"""
+
+
+async def create_operator_key(conn: Connection, name: str, *, pepper: bytes) -> NewKey:
+    """A new operator credential: it can operate and never infer."""
+    new = generate("op")
+    sealed = digest(new.secret.encode(), pepper)
+    async with _translated():
+        await conn.execute(INSERT_OPERATOR_KEY, new_id(), name, new.last4, sealed)
+    return new
+
+
+SELECT_KEYS = """
+SELECT
+    id, billing_account_id, name, prefix, last4, status, created_at, expires_at, revoked_at
+FROM app_api_keys
+WHERE $1::uuid IS NULL OR billing_account_id = $1
+ORDER BY id
+LIMIT $2
+"""
+
+
+async def list_keys(conn: Connection, account_id: UUID | None, limit: int) -> list[KeyRecord]:
+    """Keys of one account, or (operators only) of all, oldest first."""
+    async with _translated():
+        rows = await conn.fetch(SELECT_KEYS, account_id, limit)
+    return [_record(row) for row in rows]
+
+
+REVOKE_KEY = """
+UPDATE app_api_keys
+SET status = 'revoked', revoked_at = coalesce(revoked_at, now())
+WHERE id = $1
+RETURNING
+    id, billing_account_id, name, prefix, last4, status, created_at, expires_at, revoked_at
+"""
+
+
+async def revoke_key(conn: Connection, key_id: UUID) -> KeyRecord:
+    """Revoke a key for good; again changes nothing. Raises KeyNotFound."""
+    async with _translated():
+        row = await conn.fetchrow(REVOKE_KEY, key_id)
+    if row is None:
+        raise KeyNotFound
+    return _record(row)
+
+
+def _record(row: Any) -> KeyRecord:
+    return KeyRecord(**dict(row))

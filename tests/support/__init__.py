@@ -1,0 +1,1 @@
+"""Tools that tests run against or drive the gateway with. Nothing here is collected."""

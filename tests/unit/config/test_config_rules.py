@@ -1,0 +1,116 @@
+import pytest
+
+from config.errors import ConfigError
+from config.load import load
+
+ECHO = {"providers.echo": {"kind": "echo"}}
+ROUTES = {"routes": [{"provider": "echo"}]}
+
+
+def problems(overrides: dict[str, object]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {}, overrides)
+    return tuple(problem.removesuffix(" (flag)") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://a.example/v1", "https://a.example/v1/", "http://h:1/v1//"]
+)
+def test_a_base_url_loses_its_trailing_slashes(url):
+    loaded = load(None, {}, {"providers.p": {"kind": "openai", "base_url": url}})
+
+    assert loaded.settings.providers["p"].base_url == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("url", "wrong"),
+    [
+        ("", "required for kind openai"),
+        ("api.openai.com/v1", "expected an http:// or https:// URL"),
+        ("ftp://a/v1", "expected an http:// or https:// URL"),
+        ("https:///v1", "expected an http:// or https:// URL"),
+        ("https://a:99999/v1", "expected an http:// or https:// URL"),
+        ("https://[::1/v1", "expected an http:// or https:// URL"),
+        ("https://a/v1?key=1", "expected a URL without ? and #"),
+        ("https://user:pw@a/v1", "expected a URL without credentials (they belong in key)"),
+        ("https://a/v 1", "expected a URL without spaces"),
+        ("https://a/\r\nx: y", "expected a URL without spaces"),
+    ],
+)
+def test_an_unusable_base_url_is_refused(url, wrong):
+    assert problems({"providers.p": {"kind": "openai", "base_url": url}}) == (
+        f"providers.p.base_url: {wrong}",
+    )
+
+
+def test_what_belongs_to_one_kind_is_refused_for_the_other():
+    assert problems(
+        {
+            "providers.e": {"kind": "echo", "base_url": "http://a"},
+            "providers.o": {"kind": "openai", "base_url": "http://a", "delay_ms": 1},
+        }
+    ) == (
+        "providers.e.base_url: not for kind echo",
+        "providers.o.delay_ms: only for kind echo",
+    )
+
+
+@pytest.mark.parametrize("price", ["0", "0.000000001", "2.50", "1000000", "1000000.000000000"])
+def test_a_plain_decimal_is_a_price(price):
+    given = {"input_usd_per_mtok": price, "output_usd_per_mtok": price}
+
+    loaded = load(None, {}, {**ECHO, "models.m": {**ROUTES, "price": given}})
+
+    assert loaded.settings.models["m"].price.input_usd_per_mtok == price
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        *("", "-1", "1e3", "NaN", "Infinity", "1_0", " 1", "1\n", "1,5", "\u0663", ".5", "1."),
+        *("0.0000000001", "1000001", "99999999999", "1000000.000000001", 2.5, 1),
+    ],
+)
+def test_anything_else_is_not_a_price(price):
+    given = {"input_usd_per_mtok": "1", "output_usd_per_mtok": "1", "reasoning_usd_per_mtok": price}
+
+    (problem,) = problems({**ECHO, "models.m": {**ROUTES, "price": given}})
+
+    assert problem.startswith("models.m.price.reasoning_usd_per_mtok: expected ")
+
+
+def test_a_price_needs_input_and_output():
+    assert problems({**ECHO, "models.m": {**ROUTES, "price": {}}}) == (
+        "models.m.price.input_usd_per_mtok: required",
+        "models.m.price.output_usd_per_mtok: required",
+    )
+
+
+def test_a_model_needs_a_route_and_each_route_a_provider_that_exists():
+    routes = [{"provider": "ehco"}, {"model": "x"}, 3, {"provider": "echo", "modle": "x"}]
+
+    assert problems({**ECHO, "models.a": {"routes": []}, "models.b": {"routes": routes}}) == (
+        "models.b.routes.1.provider: required",
+        "models.b.routes.2: expected a table, got int",
+        "models.b.routes.3.modle: unknown key (did you mean model?)",
+        "models.a.routes: expected at least one route",
+    )
+    assert problems({**ECHO, "models.b": {"routes": routes[:1], "markup_bps": 1}}) == (
+        "models.b.markup_bps: expected int >= 10000",
+        "models.b.routes.0.provider: no such provider (did you mean echo?)",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-4.1", "meta/llama:free", "accounts/x/models/y@2024", "A+b~c"]
+)
+def test_model_ids_may_contain_what_providers_use(name):
+    assert name in load(None, {}, {**ECHO, "models": {name: ROUTES}}).settings.models
+
+
+@pytest.mark.parametrize("name", ["", "/x", "a b", "a\nb", "é", "x" * 129, 'a"b'])
+def test_other_ids_are_refused(name):
+    (problem,) = problems({**ECHO, "models": {name: ROUTES}})
+
+    assert "expected an id of letters, digits" in problem
+    assert "\n" not in problem
