@@ -76,6 +76,12 @@ async def open_pool(url: str, size_max: int, connect_timeout_s: int, statement_m
         )
 
 
+async def connect(url: str) -> asyncpg.Connection:
+    """One connection for a short task of an operator. Raises BookUnavailable."""
+    async with translated():
+        return await asyncpg.connect(url, timeout=ACQUIRE_TIMEOUT_S, command_timeout=60)
+
+
 @asynccontextmanager
 async def acquire(pool: Pool) -> AsyncIterator[Connection]:
     """A connection of the pool, given back whatever happens. Raises BookUnavailable."""

@@ -78,6 +78,11 @@ class Settler:
         return len(self._queue) + len(self._in_flight)
 
     @property
+    def is_idle(self) -> bool:
+        """True when the book has everything and the till knows it."""
+        return not self.pending and not self._unconfirmed
+
+    @property
     def accepts(self) -> bool:
         """False above 80 % of the bound: no new request may be admitted."""
         return self.pending * 5 < self._pending_max * 4

@@ -36,7 +36,7 @@ REFRESH_REMEMBERED_MAX = 10_000
 
 
 def _script(name: str) -> Script:
-    source = (resources.files("billing") / "lua" / f"{name}.lua").read_text("utf-8")
+    source = resources.files("billing").joinpath("lua", f"{name}.lua").read_text("utf-8")
     return Script(name, source)
 
 

@@ -21,7 +21,7 @@ THREADS_AT_ONCE = 2
 
 @cache
 def _encoding() -> tiktoken.Encoding:
-    data = resources.files("config") / "data" / "tiktoken"
+    data = resources.files("config").joinpath("data", "tiktoken")
     # The only way to tell tiktoken where its files are; without it, it would fetch them.
     os.environ["TIKTOKEN_CACHE_DIR"] = str(data)
     return tiktoken.get_encoding("o200k_base")

@@ -7,12 +7,14 @@ for all.
 import asyncio
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     generate_latest,
     multiprocess,
 )
@@ -31,6 +33,7 @@ class Metrics:
 
     def __init__(self, multiprocess_dir: str = "") -> None:
         self._multiprocess_dir = multiprocess_dir
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         # In multiprocess mode the values live in files and a fresh registry collects them.
         self.registry = CollectorRegistry()
         reg = None if multiprocess_dir else self.registry
@@ -50,9 +53,7 @@ class Metrics:
             buckets=TTFT_S,
             registry=reg,
         )
-        self.inflight = Gauge(
-            "farebox_inflight_requests", "Open requests.", registry=reg, multiprocess_mode="livesum"
-        )
+        self.inflight = _gauge(reg, "livesum", "inflight_requests", "Open requests.")
         self._tokens = Counter("farebox_tokens", "Tokens billed.", ["model", "type"], registry=reg)
         self._revenue = Counter("farebox_revenue_usd", "Prices charged.", registry=reg)
         self._cost = Counter("farebox_provider_cost_usd", "What providers bill.", registry=reg)
@@ -66,27 +67,14 @@ class Metrics:
         self._settlements = Counter(
             "farebox_settlements", "Receipts on their way into the book.", ["result"], registry=reg
         )
-        self.settlements_pending = Gauge(
-            "farebox_settlements_pending",
-            "Receipts that the book does not have yet.",
-            registry=reg,
-            multiprocess_mode="livesum",
+        self.settlements_pending = _gauge(
+            reg, "livesum", "settlements_pending", "Receipts that the book does not have yet."
         )
-        self.settlement_oldest = Gauge(
-            "farebox_settlement_oldest_seconds",
-            "Age of the oldest of them.",
-            registry=reg,
-            multiprocess_mode="livemax",
+        self.settlement_oldest = _gauge(
+            reg, "livemax", "settlement_oldest_seconds", "Age of the oldest of them."
         )
-        self.loop_lag = Gauge(
-            "farebox_event_loop_lag_seconds",
-            "Event loop lag.",
-            registry=reg,
-            multiprocess_mode="livemax",
-        )
-        build = Gauge(
-            "farebox_build_info", "Version.", ["version"], registry=reg, multiprocess_mode="livemax"
-        )
+        self.loop_lag = _gauge(reg, "livemax", "event_loop_lag_seconds", "Event loop lag.")
+        build = _gauge(reg, "livemax", "build_info", "Version.", "version")
         build.labels(version("farebox")).set(1)
         self._children: dict[tuple[object, ...], Counter] = {}
 
@@ -130,6 +118,23 @@ class Metrics:
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
+
+
+def _gauge(
+    registry: CollectorRegistry | None,
+    several_workers: Literal["livesum", "livemax"],
+    name: str,
+    documentation: str,
+    *labels: str,
+) -> Gauge:
+    """A gauge; several_workers says what the value of all of them is."""
+    return Gauge(
+        f"farebox_{name}",
+        documentation,
+        labels,
+        registry=registry,
+        multiprocess_mode=several_workers,
+    )
 
 
 async def watch_loop(metrics: Metrics, sample: Callable[[], None]) -> None:

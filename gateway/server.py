@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -105,7 +105,12 @@ class Server(uvicorn.Server):
         yield
 
 
-async def run_worker(settings: Settings, sock: socket.socket, multiprocess_dir: str = "") -> None:
+async def run_worker(
+    settings: Settings,
+    sock: socket.socket,
+    say_ready: Callable[[], None],
+    multiprocess_dir: str = "",
+) -> None:
     """Serve on a listening socket until SIGTERM or SIGINT, then drain and settle.
 
     A second signal ends the drain; what is open then is settled as it stands.
@@ -121,9 +126,10 @@ async def run_worker(settings: Settings, sock: socket.socket, multiprocess_dir: 
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, on_signal)
     async with open_services(settings, Metrics(multiprocess_dir)) as services:
-        server = _server(settings, services)
+        server = make_server(settings, services)
         serving = services.tasks.start(server.serve(sockets=[sock]), "server")
         stopping = services.tasks.start(stop.wait(), "stop")
+        say_ready()
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         log.info("worker.draining", extra={"open": services.open_calls})
         services.is_draining = True
@@ -138,7 +144,7 @@ async def run_worker(settings: Settings, sock: socket.socket, multiprocess_dir: 
     log.info("worker.stopped")
 
 
-def _server(settings: Settings, services: Services) -> Server:
+def make_server(settings: Settings, services: Services) -> Server:
     limits, timeouts = settings.limits, settings.timeouts
     protocol = type(
         "ConfiguredProtocol",

@@ -17,6 +17,7 @@ from keys.api_key import Kind, NewKey, digest, generate
 from keys.errors import KeyNotFound, KeysUnavailable
 from keys.principal import Principal
 
+Pool = asyncpg.Pool
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 
 
@@ -62,7 +63,7 @@ WHERE k.digest = ANY ($1::bytea[]) AND k.status = 'active'
 """
 
 
-async def find_principals(pool: asyncpg.Pool, digests: Sequence[bytes]) -> list[Principal]:
+async def find_principals(pool: Pool, digests: Sequence[bytes]) -> list[Principal]:
     """The principals of active keys with one of these digests."""
     async with _translated():
         rows = await pool.fetch(SELECT_PRINCIPALS, list(digests))
@@ -88,7 +89,7 @@ WHERE digest = ANY ($1::bytea[]) AND revoked_at IS NULL
 """
 
 
-async def is_operator(pool: asyncpg.Pool, digests: Sequence[bytes]) -> bool:
+async def is_operator(pool: Pool, digests: Sequence[bytes]) -> bool:
     """True when one of these digests is that of a valid operator key."""
     async with _translated():
         return await pool.fetchval(SELECT_OPERATOR, list(digests)) is not None

@@ -19,6 +19,9 @@ LOCK_TIMEOUT = "SET lock_timeout = '5s'"
 FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
 
 
+Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+
+
 class MigrationError(Exception):
     """The schema cannot be brought to this release's state."""
 
@@ -79,7 +82,7 @@ async def migrate(url: str, migrations: list[Migration] | None = None) -> list[s
         await conn.close(timeout=10)
 
 
-async def pending(conn: asyncpg.Connection) -> list[str]:
+async def pending(conn: Connection) -> list[str]:
     """Names of migrations that this release has and the database does not."""
     wanted = read_migrations()
     if not await conn.fetchval(HAS_HISTORY):

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-import asyncpg
-
+from billing.errors import AccountFrozen
 from billing.till import spend_scopes
+from config.ids import id_text
 from config.settings import Settings
 from gateway.relay.call import Caller
 from gateway.supervise import Tasks
@@ -28,7 +28,7 @@ from keys.errors import (
     KeysUnavailable,
 )
 from keys.principal import Principal
-from keys.store import find_principals
+from keys.store import Pool, find_principals
 
 log = logging.getLogger("keys.cache")
 
@@ -51,7 +51,7 @@ class _Entry:
 class Authenticator:
     """Credentials to callers, for one worker."""
 
-    def __init__(self, settings: Settings, pool: asyncpg.Pool, tasks: Tasks) -> None:
+    def __init__(self, settings: Settings, pool: Pool, tasks: Tasks) -> None:
         keys = settings.keys
         self._limits = settings.limits
         self._pool = pool
@@ -91,8 +91,6 @@ class Authenticator:
         if principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
             raise KeyExpired
         if not principal.account_active:
-            from billing.errors import AccountFrozen
-
             raise AccountFrozen
         return caller
 
@@ -146,7 +144,12 @@ class Authenticator:
             account_open_max=principal.account_open_max or limits.open_requests_per_account,
             key_open_max=principal.key_open_max or limits.open_requests_per_key,
         )
-        return Caller(principal=principal, scopes=scopes)
+        return Caller(
+            principal=principal,
+            scopes=scopes,
+            account_text=f"acct_{id_text(principal.account_id)}",
+            key_text=f"key_{id_text(principal.app_key_id)}",
+        )
 
 
 def credential_of(headers: Mapping[bytes, bytes]) -> bytes:

@@ -21,6 +21,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     principal: Principal
     scopes: SpendScopes
+    account_text: str
+    key_text: str
 
 
 class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):

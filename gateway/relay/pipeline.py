@@ -17,9 +17,9 @@ from gateway.relay.http_in import (
     read_body,
     send_error,
 )
-from gateway.relay.meter import Seen
 from gateway.relay.record import record
 from gateway.relay.reply import Reply
+from gateway.relay.seen import Seen
 from gateway.relay.settle import VOID, end_call, finish, wait_settled
 from gateway.services import Services
 from keys.errors import KeysError

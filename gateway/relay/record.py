@@ -22,8 +22,8 @@ def record(services: Services, call: Call, receipt: ChargeReceipt) -> None:
         "request.settled",
         extra={
             "request_id": f"req_{call.request_id}",
-            "account_id": str(receipt.billing_account_id),
-            "key_id": str(receipt.app_key_id),
+            "account_id": call.caller.account_text,
+            "key_id": call.caller.key_text,
             "model": receipt.requested_model,
             "provider": receipt.provider,
             "outcome": receipt.outcome,

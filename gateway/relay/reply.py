@@ -20,8 +20,8 @@ from gateway.relay.call import Call
 from gateway.relay.client import Client
 from gateway.relay.forward import cost_in_header, forward, read_error
 from gateway.relay.http_in import CORS, JSON, Header, Receive, Scope, Send
-from gateway.relay.meter import Seen
 from gateway.relay.record import record
+from gateway.relay.seen import Seen
 from gateway.relay.settle import (
     VOID,
     Bill,

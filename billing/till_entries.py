@@ -1,0 +1,234 @@
+"""What the till holds, as values: scopes, holds, outbox entries. Pure; bytes in.
+
+Parsed strictly: the scripts write plain integers and our own receipts, and anything else is
+listed as garbage, never guessed and never raised.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+
+from billing.money import NANOS_MAX
+from billing.receipts import ChargeReceipt, decode_receipt
+from billing.till import shard_prefix
+from config.ids import read_id
+
+INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,15}")
+STATES = {"H", "F"}
+STATUSES = {"", "active", "frozen", "revoked"}
+PLAINTEXT_KEY = re.compile(rb"fb_(?:live|test|op)_[0-9A-Za-z]{38}")
+EXCERPT_BYTES = 40
+
+
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """An account (`a`) or a key (`k`). None: the till was not told yet."""
+
+    kind: Literal["a", "k"]
+    owner_id: UUID
+    posted: int | None = None
+    version: int | None = None
+    uncommitted: int = 0
+    held: int = 0
+    open: int = 0
+    status: str = ""
+
+
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """One admitted request. `draft` is None when it could not be read."""
+
+    request_id: str
+    state: str
+    nanos: int
+    worker: str
+    draft: ChargeReceipt | None
+
+
+class OutboxEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One settled request that the book may not have yet."""
+
+    request_id: str
+    price_nanos: int
+    receipt: ChargeReceipt | None
+
+
+class Garbage(msgspec.Struct, frozen=True, kw_only=True):
+    """Something in our keys that is not what the scripts write. Never holds a secret."""
+
+    key: str
+    what: str
+    found: str
+
+
+class Shard(msgspec.Struct, kw_only=True):
+    """All that one shard holds. `is_cut`: there was more than fits, so sums are not complete."""
+
+    name: str
+    prefix: str
+    epoch: int | None = None
+    accounts: dict[UUID, Scope] = {}
+    keys: dict[UUID, Scope] = {}
+    holds: dict[str, Hold] = {}
+    outbox: dict[str, OutboxEntry] = {}
+    leases: dict[str, int] = {}
+    garbage: list[Garbage] = []
+    secrets: list[str] = []
+    other_keys: int = 0
+    is_cut: bool = False
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """One scope at one moment: its own numbers and what they must be the sums of."""
+
+    scope: Scope
+    holds: dict[str, int]
+    outbox: dict[str, int]
+
+
+class Parser:
+    """Turns replies into values and collects what is wrong with them."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.garbage: list[Garbage] = []
+        self.secrets: list[str] = []
+
+    def put_epoch(self, shard: Shard, raw: object) -> None:
+        if raw is not None:
+            shard.epoch = self.integer(f"{self._prefix}epoch", "", raw)
+
+    def put_leases(self, shard: Shard, raw: Any) -> None:
+        key = f"{self._prefix}leases"
+        if isinstance(raw, Exception):
+            self._bad(key, "type", str(raw))
+            return
+        for request_id, score in zip(raw[::2], raw[1::2], strict=True):
+            name = self._request_id(key, request_id)
+            shard.leases[name] = self.integer(key, name, score)
+
+    def put_outbox(self, shard: Shard, raw: Any) -> None:
+        key = f"{self._prefix}outbox"
+        if isinstance(raw, Exception):
+            self._bad(key, "type", str(raw))
+            return
+        for field, value in raw.items():
+            name = self._request_id(key, field)
+            price, _, receipt = value.partition(b" ")
+            entry = OutboxEntry(
+                request_id=name,
+                price_nanos=self.integer(key, name, price),
+                receipt=self._receipt(key, name, receipt),
+            )
+            self._compare(key, name, entry)
+            shard.outbox[name] = entry
+
+    def put(self, shard: Shard, raw_key: bytes, fields: Any) -> None:
+        """One hash of the shard: an account's scope, a key's, or a hold."""
+        key = raw_key.decode("utf-8", "backslashreplace")
+        kind, _, ident = key.removeprefix(self._prefix).partition(":")
+        if isinstance(fields, Exception):
+            self._bad(key, "type", str(fields))
+        elif not fields:
+            return  # gone since the scan
+        elif kind == "h":
+            shard.holds[ident] = self._hold(key, ident, fields)
+        else:
+            owner_id = self._owner(key, kind, ident)
+            if owner_id is not None:
+                scopes = shard.accounts if kind == "a" else shard.keys
+                scopes[owner_id] = self.scope("a" if kind == "a" else "k", owner_id, key, fields)
+
+    def scope(
+        self, kind: Literal["a", "k"], owner_id: UUID, key: str, fields: Mapping[bytes, Any]
+    ) -> Scope:
+        posted, version = fields.get(b"posted"), fields.get(b"version")
+        if (posted is None) != (version is None):
+            self._bad(key, "posted and version", "only one of them is there")
+        status = fields.get(b"status", b"").decode("utf-8", "backslashreplace")
+        if status not in STATUSES:
+            self._bad(key, "status", status)
+        return Scope(
+            kind=kind,
+            owner_id=owner_id,
+            posted=None if posted is None else self.integer(key, "posted", posted),
+            version=None if version is None else self.integer(key, "version", version),
+            uncommitted=self.integer(key, "uncommitted", fields.get(b"uncommitted", b"0")),
+            held=self.integer(key, "held", fields.get(b"held", b"0")),
+            open=self.integer(key, "open", fields.get(b"open", b"0")),
+            status=status,
+        )
+
+    def integer(self, key: str, field: str, raw: Any) -> int:
+        """A plain integer as the scripts write them; 0 and a line of garbage for anything else."""
+        if isinstance(raw, int) and not isinstance(raw, bool):
+            return raw
+        if isinstance(raw, bytes) and INTEGER.fullmatch(raw) and abs(int(raw)) <= NANOS_MAX:
+            return int(raw)
+        self._bad(key, field or "value", raw)
+        return 0
+
+    def _hold(self, key: str, request_id: str, fields: Mapping[bytes, bytes]) -> Hold:
+        self._request_id(key, request_id.encode())
+        state = fields.get(b"state", b"").decode("utf-8", "backslashreplace")
+        if state not in STATES:
+            self._bad(key, "state", state)
+        nanos = self.integer(key, "nanos", fields.get(b"nanos", b""))
+        if nanos < 0:
+            self._bad(key, "nanos", nanos)
+        hold = Hold(
+            request_id=request_id,
+            state=state,
+            nanos=nanos,
+            worker=fields.get(b"worker", b"").decode("utf-8", "backslashreplace"),
+            draft=self._receipt(key, "draft", fields.get(b"draft", b"")),
+        )
+        if hold.draft is not None and hold.draft.source_reference != request_id:
+            self._bad(key, "draft", f"of request {hold.draft.source_reference}")
+        return hold
+
+    def _receipt(self, key: str, field: str, raw: bytes) -> ChargeReceipt | None:
+        if PLAINTEXT_KEY.search(raw):
+            self.secrets.append(f"{key} {field}")
+        try:
+            receipt = decode_receipt(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            self._bad(key, field, f"no receipt: {exc}")
+            return None
+        if shard_prefix(receipt.billing_account_id) != self._prefix:
+            self._bad(key, field, "a receipt of an account of another shard")
+        return receipt
+
+    def _compare(self, key: str, name: str, entry: OutboxEntry) -> None:
+        if entry.receipt is None:
+            return
+        if entry.receipt.price_nanos != entry.price_nanos:
+            said = f"price {entry.price_nanos}, receipt says {entry.receipt.price_nanos}"
+            self._bad(key, name, said)
+        if entry.receipt.source_reference != name:
+            self._bad(key, name, f"receipt of request {entry.receipt.source_reference}")
+
+    def _owner(self, key: str, kind: str, ident: str) -> UUID | None:
+        try:
+            owner_id = read_id(ident)
+        except ValueError:
+            self._bad(key, "id", ident)
+            return None
+        if kind == "a" and shard_prefix(owner_id) != self._prefix:
+            self._bad(key, "shard", "an account of another shard")
+        return owner_id
+
+    def _request_id(self, key: str, raw: bytes) -> str:
+        name = raw.decode("utf-8", "backslashreplace")
+        try:
+            read_id(name)
+        except ValueError:
+            self._bad(key, "request id", name)
+        return name
+
+    def _bad(self, key: str, what: str, found: object) -> None:
+        raw = found if isinstance(found, bytes) else str(found).encode()
+        safe = PLAINTEXT_KEY.sub(b"fb_***", raw)[:EXCERPT_BYTES]
+        text = safe.decode("utf-8", "backslashreplace")
+        self.garbage.append(Garbage(key=key, what=what, found=text))

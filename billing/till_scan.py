@@ -1,0 +1,284 @@
+"""A look at the till for operators, and the few words that a command says to it.
+
+Reading goes through SCAN in small steps, so it works while traffic runs; what is read in several
+steps belongs to several moments. `TillScan.look` reads one scope with its holds and outbox entries
+at one moment. Values are parsed strictly; what cannot be parsed is listed, never guessed.
+Failure: TillUnavailable when a step has no answer in time; TillRefused for an error reply.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any, Literal
+from uuid import UUID
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from billing.errors import TillRefused, TillUnavailable
+from billing.till import AccountState, account_scope_key, key_scope_key, shard_prefix
+from billing.till_entries import Look, Parser, Scope, Shard
+from billing.till_link import NOT_NOW
+from config.clock import Seconds, seconds
+from config.ids import id_text
+
+CALL_TIMEOUT_S = seconds(3000)
+SCAN_TIMEOUT_S = seconds(600_000)
+SCAN_COUNT = 1000
+CALLS_AT_ONCE = 500
+# Above this many keys a pass looks at a 16th or at each shard alone: memory stays bounded.
+KEYS_PER_PASS = 200_000
+# A shard with more holds or outbox entries than this is cut, and says so.
+ENTRIES_MAX = 50_000
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            yield
+    except ResponseError as exc:
+        if str(exc).startswith(NOT_NOW):
+            raise TillUnavailable from exc
+        raise TillRefused(str(exc)) from exc
+    except (RedisError, OSError, TimeoutError) as exc:
+        raise TillUnavailable from exc
+
+
+@asynccontextmanager
+async def _client(url: str) -> AsyncIterator[Any]:
+    # TillLink takes valkey:// as well; redis-py knows only its own name for it.
+    client: Redis = Redis.from_url(
+        re.sub(r"^valkey(s?)://", lambda found: f"redis{found[1]}://", url),
+        socket_timeout=CALL_TIMEOUT_S,
+        socket_connect_timeout=CALL_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def set_key_status(
+    url: str, account_id: UUID, key_id: UUID, status: Literal["active", "revoked"]
+) -> None:
+    """Tell `admit` about a key at once. Idempotent. Raises TillUnavailable."""
+    async with _client(url) as client, _translated():
+        key = key_scope_key(account_id, key_id)
+        await client.execute_command("HSET", key, "status", status)
+
+
+async def set_account_status(
+    url: str, account_id: UUID, status: Literal["active", "frozen"]
+) -> None:
+    """Tell `admit` about an account at once. Idempotent. Raises TillUnavailable."""
+    async with _client(url) as client, _translated():
+        await client.execute_command("HSET", account_scope_key(account_id), "status", status)
+
+
+async def tell_account(url: str, state: AccountState, epoch: int) -> str:
+    """Bring a change of the book (a grant) to a till that may be warm. Idempotent.
+
+    Returns seeded, kept (it knew) or epoch (the till's content is of another epoch: nothing was
+    written, its scopes are seeded from the book when it is in use again). Raises TillUnavailable.
+    """
+    source = (resources.files("billing") / "lua" / "seed_v1.lua").read_text("utf-8")
+    keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
+    args = (epoch, state.balance_nanos, state.version, state.status)
+    async with _client(url) as client, _translated():
+        reply = await client.execute_command("EVAL", source, len(keys), *keys, *args)
+    return str(reply, "ascii")
+
+
+async def read_account_scope(url: str, account_id: UUID) -> Scope | None:
+    """What the till says of one account; None when it is cold. Raises TillUnavailable."""
+    async with open_till(url) as till:
+        return await till.read_scope("a", account_id, account_scope_key(account_id))
+
+
+@asynccontextmanager
+async def open_till(url: str) -> AsyncIterator["TillScan"]:
+    """A connection for looking. Raises TillUnavailable when the till does not answer."""
+    async with _client(url) as client:
+        till = TillScan(client)
+        await till.now_ms()
+        yield till
+
+
+class TillScan:
+    """Reads only."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def now_ms(self) -> int:
+        """The till's clock, which leases use."""
+        async with _translated():
+            second, micros = await self._client.execute_command("TIME")
+        return int(second) * 1000 + int(micros) // 1000
+
+    async def shards(self) -> AsyncIterator[Shard]:
+        """Every shard that has anything, one after the other, each read in several steps."""
+        deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
+        async with _translated():
+            total = await self._client.execute_command("DBSIZE")
+        for pattern in _patterns(int(total)):
+            found = await self._keys_by_shard(pattern, deadline)
+            for name in sorted(found):
+                yield await self._read_shard(name, found.pop(name))
+                _check(deadline)
+
+    async def look(
+        self, shard: Shard, kind: Literal["a", "k"], owner_id: UUID, known: Iterable[str] = ()
+    ) -> Look:
+        """One scope with its holds and outbox entries, all of one moment.
+
+        Holds are found by their leases; `known` names request ids whose lease may be missing.
+        """
+        key = f"{shard.prefix}{kind}:{id_text(owner_id)}"
+        holds = [f"{shard.prefix}h:{request_id}" for request_id in known]
+        keys = (key, f"{shard.prefix}outbox", f"{shard.prefix}leases", *holds)
+        field = "billing_account_id" if kind == "a" else "app_key_id"
+        args = (f'"{field}":"{owner_id}"', f"{shard.prefix}h:")
+        async with _translated():
+            fields, held, settled = await self._client.execute_command(
+                "EVAL_RO", _look_source, len(keys), *keys, *args
+            )
+        parser = Parser(shard.prefix)
+        scope = parser.scope(kind, owner_id, key, dict(zip(fields[::2], fields[1::2], strict=True)))
+        start = len(shard.prefix) + len("h:")
+        return Look(
+            scope=scope,
+            holds={name.decode()[start:]: parser.integer(key, "", n) for name, n in held},
+            outbox={name.decode(): parser.integer(key, "", price) for name, price in settled},
+        )
+
+    async def read_scope(self, kind: Literal["a", "k"], owner_id: UUID, key: str) -> Scope | None:
+        """One scope; None when the till does not have it."""
+        async with _translated():
+            fields = await self._client.execute_command("HGETALL", key)
+        return Parser("").scope(kind, owner_id, key, fields) if fields else None
+
+    async def has(self, shard: Shard, request_id: str) -> tuple[bool, bool, bool]:
+        """Whether a request has a hold, a lease, an outbox entry; all of one moment."""
+        async with _translated():
+            pipe = self._client.pipeline(transaction=True)
+            pipe.execute_command("EXISTS", f"{shard.prefix}h:{request_id}")
+            pipe.execute_command("ZSCORE", f"{shard.prefix}leases", request_id)
+            pipe.execute_command("HEXISTS", f"{shard.prefix}outbox", request_id)
+            hold, lease, entry = await pipe.execute()
+        return bool(hold), lease is not None, bool(entry)
+
+    async def _keys_by_shard(self, pattern: str, deadline: Seconds) -> dict[str, list[bytes]]:
+        found: dict[str, set[bytes]] = {}
+        cursor = 0
+        while True:
+            async with _translated():
+                cursor, keys = await self._client.execute_command(
+                    "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
+                )
+            for key in keys:
+                found.setdefault(key[4:7].decode("ascii", "replace"), set()).add(key)
+            if not int(cursor):
+                return {name: sorted(keys) for name, keys in found.items()}
+            _check(deadline)
+
+    async def _read_shard(self, name: str, keys: Sequence[bytes]) -> Shard:
+        shard = Shard(name=name, prefix=f"fb:{{{name}}}:")
+        parser = Parser(shard.prefix)
+        await self._read_lists(shard, parser)
+        hashes = {f"{shard.prefix}h:{request_id}".encode() for request_id in shard.leases}
+        for key in keys:
+            if key[len(shard.prefix) :][:2] in {b"a:", b"k:", b"h:"}:
+                hashes.add(key)
+            elif key[len(shard.prefix) :] not in {b"epoch", b"outbox", b"leases"}:
+                shard.other_keys += 1
+        wanted = sorted(hashes)
+        shard.is_cut = shard.is_cut or len(wanted) > 2 * ENTRIES_MAX
+        for start in range(0, min(len(wanted), 2 * ENTRIES_MAX), CALLS_AT_ONCE):
+            part = wanted[start : start + CALLS_AT_ONCE]
+            for key, fields in zip(part, await self._calls(part), strict=True):
+                parser.put(shard, key, fields)
+        shard.garbage, shard.secrets = parser.garbage, parser.secrets
+        return shard
+
+    async def _read_lists(self, shard: Shard, parser: Parser) -> None:
+        """The epoch, the leases and the outbox."""
+        prefix = shard.prefix
+        async with _translated():
+            pipe = self._client.pipeline(transaction=False)
+            pipe.execute_command("GET", f"{prefix}epoch")
+            pipe.execute_command("ZRANGE", f"{prefix}leases", 0, ENTRIES_MAX, "WITHSCORES")
+            epoch, leases = await pipe.execute(raise_on_error=False)
+        parser.put_epoch(shard, epoch)
+        parser.put_leases(shard, leases)
+        cursor = b"0"
+        while True:
+            async with _translated():
+                reply = await self._scan_outbox(f"{prefix}outbox", cursor)
+            cursor = reply[0]
+            parser.put_outbox(shard, reply[1])
+            shard.is_cut = max(len(shard.leases), len(shard.outbox)) > ENTRIES_MAX
+            if shard.is_cut or cursor == b"0":
+                return
+
+    async def _scan_outbox(self, key: str, cursor: bytes) -> Any:
+        """[next cursor, fields and values], or the error when the key is no hash."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.execute_command("HSCAN", key, cursor, "COUNT", SCAN_COUNT)
+        (reply,) = await pipe.execute(raise_on_error=False)
+        if isinstance(reply, ResponseError):
+            return b"0", reply
+        return str(reply[0]).encode(), reply[1]
+
+    async def _calls(self, keys: Sequence[bytes]) -> list[Any]:
+        """The hashes at these keys; an error stands in the place of what is no hash."""
+        async with _translated():
+            pipe = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipe.execute_command("HGETALL", key)
+            return await pipe.execute(raise_on_error=False)
+
+
+def _patterns(total: int) -> list[str]:
+    digits = "0123456789abcdef"
+    if total <= KEYS_PER_PASS:
+        return ["fb:{s??}:*"]
+    if total <= KEYS_PER_PASS * 16:
+        return [f"fb:{{s{high}?}}:*" for high in digits]
+    return [f"fb:{{s{high}{low}}}:*" for high in digits for low in digits]
+
+
+def _check(deadline: Seconds) -> None:
+    if asyncio.get_running_loop().time() > deadline:
+        raise TillUnavailable
+
+
+# Read-only, and only in an operator's hands: the seven scripts of the request path are files.
+# KEYS  1 scope   2 outbox   3 leases   4.. holds that may have no lease
+# ARGV  1 what a draft or receipt of this scope contains   2 prefix of the keys of holds
+# Reply {fields of the scope, {{hold key, nanos}..}, {{request id, price}..}}
+_look_source = """#!lua flags=no-writes
+local holds, entries, seen = {}, {}, {}
+local function look(key)
+  if seen[key] then return end
+  seen[key] = true
+  local f = redis.call('HMGET', key, 'nanos', 'draft')
+  if f[2] and string.find(f[2], ARGV[1], 1, true) then holds[#holds + 1] = {key, f[1] or ''} end
+end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do look(ARGV[2] .. id) end
+for i = 4, #KEYS do look(KEYS[i]) end
+local all = redis.call('HGETALL', KEYS[2])
+for i = 1, #all, 2 do
+  if string.find(all[i + 1], ARGV[1], 1, true) then
+    entries[#entries + 1] = {all[i], string.match(all[i + 1], '^(%d+) ') or ''}
+  end
+end
+return {redis.call('HGETALL', KEYS[1]), holds, entries}
+"""

@@ -1,0 +1,1 @@
+"""The command line: every operator task, with `--json` for programs."""

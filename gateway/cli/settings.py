@@ -1,0 +1,43 @@
+"""`farebox check` and `farebox config show`."""
+
+from pathlib import Path
+
+import click
+
+from config.load import describe
+from gateway.cli import show
+from gateway.cli.context import common, load_config, options, require_secrets
+
+SERVE_NEEDS = ("keys.pepper",)
+
+
+@click.command()
+@common
+def check(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
+    """Check the config without starting anything; exit 78 when `serve` could not start with it."""
+    loaded = load_config(options(config, data_dir).config)
+    require_secrets(loaded, SERVE_NEEDS)
+    facts = {
+        "ok": True,
+        "providers": len(loaded.settings.providers),
+        "models": len(loaded.settings.models),
+    }
+    show.as_json(facts) if as_json else show.pairs(facts)
+
+
+@click.group()
+def config() -> None:
+    """Look at the config."""
+
+
+@config.command("show")
+@click.option("--origin", is_flag=True, help="Tell where each value comes from.")
+@common
+def config_show(config: Path | None, data_dir: Path | None, as_json: bool, origin: bool) -> None:
+    """Every setting in force; secrets are masked."""
+    rows = describe(load_config(options(config, data_dir).config))
+    if as_json:
+        show.as_json([{"key": k, "value": v, "origin": o} for k, v, o in rows])
+        return
+    for key, value, where in rows:
+        click.echo(f"{key} = {value}" + (f"    # {where}" if origin else ""))

@@ -1,0 +1,83 @@
+"""Tables for people, JSON for programs."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import click
+import msgspec
+
+from billing.money import credits_text, usd_text
+from config.ids import id_text
+
+PREFIXES = {
+    "request_id": "rcpt_",
+    "billing_account_id": "acct_",
+    "app_key_id": "key_",
+    "virtual_key_id": "vkey_",
+}
+
+
+def as_json(value: object) -> None:
+    """Indented JSON on stdout; ids with their prefix, money as nanos."""
+    click.echo(msgspec.json.format(msgspec.json.encode(_plain(value), enc_hook=str)).decode())
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table on a terminal; on a pipe the same with no width limit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        out.add_column(column, no_wrap=True, justify="right" if is_number(column) else "left")
+    for row in rows:
+        out.add_row(*(text(column, row[column]) for column in columns))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=400)
+    console.print(out)
+
+
+def pairs(row: Mapping[str, Any]) -> None:
+    """One record, a line for each field."""
+    width = max(len(name) for name in row)
+    for name, value in row.items():
+        click.echo(f"{name:<{width}}  {text(name, value)}")
+
+
+def is_number(column: str) -> bool:
+    return column.endswith(("_nanos", "_tokens", "_keys", "receipts", "version"))
+
+
+def text(column: str, value: object) -> str:
+    """A value as people read it: nanos with their credits and USD."""
+    if value is None:
+        return "-"
+    if column.endswith("_nanos") and isinstance(value, int):
+        return f"{value} ({credits_text(value)} credits, ${usd_text(value)})"
+    return str(_scalar(column, value))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _named(name, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _named(name: str, value: object) -> object:
+    return _plain(value) if isinstance(value, Mapping | list) else _scalar(name, value)
+
+
+def _scalar(name: str, value: object) -> object:
+    if isinstance(value, UUID):
+        return PREFIXES.get(name, "") + id_text(value)
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds")
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    return value

@@ -1,0 +1,66 @@
+"""What was learned from an answer so far: usage, ids, and the text for counting."""
+
+from collections.abc import Iterator
+
+from msgspec import Raw
+
+from gateway.protocols import sse
+from gateway.protocols.chat_answer import Answer, read_answer, read_string, read_usage, texts_in
+from gateway.protocols.facts import UsageReport
+
+# Frames are kept as they came and turned into text when this many bytes have gathered.
+KEPT_BYTES_MAX = 64 * 1024
+
+
+class Seen:
+    """What was learned from an answer so far."""
+
+    def __init__(self) -> None:
+        self.report: UsageReport | None = None
+        self.usage_raw: Raw | None = None
+        self.model = ""
+        self.upstream_id = ""
+        self.bytes = 0
+        self._texts: list[str] = []
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+
+    def note(self, answer: Answer) -> None:
+        """Take over what an answer or frame says of itself."""
+        self.model = read_string(answer.model) or self.model
+        self.upstream_id = read_string(answer.id) or self.upstream_id
+        if answer.has_usage:
+            report = read_usage(answer.usage)
+            # A usage without counts never takes the place of one with counts.
+            if self.report is None or report.usage is not None:
+                self.report = report
+                self.usage_raw = answer.usage
+
+    def keep(self, frames: bytes) -> None:
+        self._kept.append(frames)
+        self._kept_bytes += len(frames)
+        if self._kept_bytes > KEPT_BYTES_MAX:
+            self._fold()
+
+    def text(self) -> str:
+        """All text that came."""
+        self._fold()
+        return "".join(self._texts)
+
+    def learn_ids(self) -> None:
+        """Model and id from the first frame, when no frame with usage told them."""
+        for frame in sse.split_frames(b"".join(self._kept[:1])):
+            answer = read_answer(sse.payload_of(frame))
+            if answer is not None:
+                self.model = self.model or read_string(answer.model)
+                self.upstream_id = self.upstream_id or read_string(answer.id)
+
+    def add_text(self, texts: Iterator[str]) -> None:
+        self._texts.extend(texts)
+
+    def _fold(self) -> None:
+        if not self.model:
+            self.learn_ids()
+        kept, self._kept, self._kept_bytes = self._kept, [], 0
+        for frame in sse.split_frames(b"".join(kept)):
+            self._texts.extend(texts_in(sse.payload_of(frame)))

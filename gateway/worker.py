@@ -1,0 +1,57 @@
+"""`python -m gateway.worker FD`: one serving process. Settings come on stdin, with their secrets.
+
+It says "ready" on stdout when it accepts requests.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+import sys
+
+from billing.errors import BillingError
+from gateway.log import set_up_logging
+from gateway.supervisor import READY, decode_settings
+
+log = logging.getLogger("gateway.worker")
+
+
+def main() -> int:
+    """Serve until told to stop. Exit code 1 when the worker could not start."""
+    settings = decode_settings(sys.stdin.buffer.read())
+    set_up_logging(settings.log)
+    raise_file_limit()
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    import uvloop
+
+    from gateway.server import run_worker
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
+            runner.run(run_worker(settings, sock, say_ready, metrics_dir))
+    except BillingError as exc:
+        log.critical("worker.failed", extra={"error": str(exc), "cause": repr(exc.__cause__)})
+        return 1
+    return 0
+
+
+def say_ready() -> None:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.buffer.write(READY)
+        sys.stdout.buffer.flush()
+
+
+def raise_file_limit() -> None:
+    """A stream needs two descriptors; the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

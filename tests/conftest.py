@@ -1,0 +1,100 @@
+"""Shared by all tests: real Postgres, real Valkey and an upstream process, once for each run.
+
+Every test gets a database of its own, copied from a migrated template, and an empty till.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import asyncpg
+import pytest
+import redis.asyncio
+
+from gateway.embedded.postgres import EmbeddedPostgres
+from gateway.embedded.valkey import EmbeddedValkey
+from migrations.runner import migrate
+from tests.support.gateway import Gateway, running_gateway
+from tests.support.upstream.launch import Upstream, running_upstream
+
+TEMPLATE = "farebox_template"
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an empty database of a server whose data may be lost: it only serves this run."""
+    settings = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off"}
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), settings=settings)
+    asyncio.run(server.start())
+    try:
+        yield server.url
+    finally:
+        asyncio.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = EmbeddedValkey(tmp_path_factory.mktemp("valkey"))
+    asyncio.run(server.start())
+    try:
+        yield server.url
+    finally:
+        asyncio.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def upstream_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
+    with running_upstream(tmp_path_factory.mktemp("upstream")) as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(upstream_process: Upstream) -> Upstream:
+    """The upstream with its counters at zero."""
+    upstream_process.reset()
+    return upstream_process
+
+
+@pytest.fixture(scope="session")
+def template_url(postgres_url: str) -> str:
+    async def make() -> None:
+        conn = await asyncpg.connect(postgres_url)
+        await conn.execute(f"CREATE DATABASE {TEMPLATE}")
+        await conn.close()
+        await migrate(database_url(postgres_url, TEMPLATE))
+
+    asyncio.run(make())
+    return postgres_url
+
+
+@pytest.fixture
+async def book_url(template_url: str, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A migrated database of this test's own."""
+    name = f"t_{abs(hash(request.node.nodeid)):x}"
+    admin = await asyncpg.connect(template_url)
+    try:
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+        yield database_url(template_url, name)
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    finally:
+        await admin.close()
+
+
+@pytest.fixture
+async def till_url(valkey_url: str) -> AsyncIterator[str]:
+    """An empty till."""
+    client = redis.asyncio.from_url(valkey_url)
+    await client.flushall()
+    yield valkey_url
+    await client.aclose()
+
+
+@pytest.fixture
+async def gateway(book_url: str, till_url: str, upstream: Upstream) -> AsyncIterator[Gateway]:
+    """A worker on this test's event loop, in front of the upstream process."""
+    async with running_gateway(book_url, till_url, upstream.base_url) as gateway:
+        yield gateway
+
+
+def database_url(url: str, name: str) -> str:
+    return url.rsplit("/", 1)[0] + f"/{name}"

