@@ -21,6 +21,7 @@ async def test_a_call_leaves_one_receipt_and_one_ledger_row(gateway: Gateway) ->
     assert receipt["provider_cost_nanos"] == cost // 10**6
     assert receipt["price_nanos"] == 2 * cost // 10**6
     row = await gateway.pool.fetchrow("SELECT * FROM credit_ledger WHERE reason = 'charge'")
+    assert row is not None
     assert row["amount_nanos"] == -receipt["price_nanos"]
     assert row["balance_after_nanos"] == 10**9 - receipt["price_nanos"]
 
@@ -39,5 +40,5 @@ async def test_a_stream_leaves_one_receipt(gateway: Gateway) -> None:
     usage = chunks[-1].usage
     assert usage is not None
     (receipt,) = await gateway.receipts(1)
-    assert receipt["price_nanos"] == usage.model_extra["cost_nanos"]
+    assert receipt["price_nanos"] == (usage.model_extra or {})["cost_nanos"]
     assert receipt["outcome"] == "complete"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tidy
+from tests.support import tidy, tidy_tables
 from tests.support.tidy import Rule, Source
 
 ROOT = Path(__file__).parents[2]
@@ -227,11 +227,11 @@ def test_every_rule_is_tried_on_both_sides() -> None:
 
 def test_every_exception_has_a_reason() -> None:
     tables = (
-        tidy.FLOAT_IN_BILLING,
-        tidy.HTTP_IN_BILLING,
-        tidy.CATCHES_ALL,
-        tidy.OWNS_TASKS,
-        tidy.READS_ENVIRON,
+        tidy_tables.FLOAT_IN_BILLING,
+        tidy_tables.HTTP_IN_BILLING,
+        tidy_tables.CATCHES_ALL,
+        tidy_tables.OWNS_TASKS,
+        tidy_tables.READS_ENVIRON,
     )
 
     assert all(len(reason.split()) > 2 for table in tables for reason in table.values())

@@ -95,6 +95,7 @@ def test_entries_of_the_file_are_found_by_their_underscored_ids(entries):
 
     model = loaded.settings.models["meta/llama-3.1:free"]
     assert loaded.settings.providers["my-openai"].key == Secret("sk-1")
+    assert model.price is not None
     assert (model.markup_bps, model.price.output_usd_per_mtok) == (30_000, "2")
     assert loaded.origin["models.meta/llama-3.1:free.markup_bps"].endswith("__MARKUP_BPS")
 

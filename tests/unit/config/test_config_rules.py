@@ -61,7 +61,9 @@ def test_a_plain_decimal_is_a_price(price):
 
     loaded = load(None, {}, {**ECHO, "models.m": {**ROUTES, "price": given}})
 
-    assert loaded.settings.models["m"].price.input_usd_per_mtok == price
+    price_set = loaded.settings.models["m"].price
+    assert price_set is not None
+    assert price_set.input_usd_per_mtok == price
 
 
 @pytest.mark.parametrize(
