@@ -3,7 +3,7 @@
 One commit posts a batch of receipts in one statement. Every row derives its key from the request
 id, so posting twice is a no-op, whoever does it.
 Failure: BookUnavailable for anything that may work later with the same ids; BookRefused when a
-row breaks a constraint and never will.
+row breaks a constraint or holds what no column takes, and never will.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -44,23 +44,25 @@ class BookRefused(BillingError):
 
 @asynccontextmanager
 async def translated() -> AsyncIterator[None]:
-    """Turn what asyncpg raises into our two kinds: may work later, or never will."""
+    """Turn what asyncpg raises into our two kinds: never will work, or may work later.
+
+    Only what is wrong with the values themselves is refused for good. All else is retried: a
+    server that became read-only, a missing privilege or column must not cost anybody a receipt.
+    """
     try:
         yield
     except (
-        OSError,
-        TimeoutError,
-        asyncpg.InterfaceError,
-        asyncpg.PostgresConnectionError,
-        asyncpg.OperatorInterventionError,
-        asyncpg.InsufficientResourcesError,
-        asyncpg.TransactionRollbackError,
-        asyncpg.LockNotAvailableError,
-        asyncpg.InternalServerError,
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+        asyncpg.ProgramLimitExceededError,
     ) as exc:
-        raise BookUnavailable from exc
-    except asyncpg.PostgresError as exc:
         raise BookRefused(reason=f"{exc.sqlstate}: {exc}") from exc
+    except (ValueError, TypeError, OverflowError) as exc:
+        # asyncpg could not encode an argument; it says so with a ValueError that is also one of
+        # its InterfaceErrors, which mean a broken connection.
+        raise BookRefused(reason=f"{type(exc).__name__}: {exc}") from exc
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as exc:
+        raise BookUnavailable from exc
 
 
 async def open_pool(url: str, size_max: int, connect_timeout_s: int, statement_ms: int) -> Pool:
@@ -90,7 +92,8 @@ async def acquire(pool: Pool) -> AsyncIterator[Connection]:
     try:
         yield conn
     finally:
-        await pool.release(conn)
+        async with translated():
+            await pool.release(conn, timeout=ACQUIRE_TIMEOUT_S)
 
 
 # The locks are taken in the order of the ids, all of them before the first insert (the count
@@ -196,6 +199,7 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
     async with translated():
         states = await conn.fetch(POST_RECEIPTS, *columns, SOURCE_SYSTEM, CHARGE_REASON)
     if len(states) != len({receipt.billing_account_id for receipt in receipts}):
+        # Only when no account of the batch is known: else a foreign key refused the statement.
         raise BookRefused(reason="a receipt names an account that is not in the book")
     return [_state(row, "") for row in states]
 
@@ -299,7 +303,11 @@ async def grant(
             raise CreditTooLarge
         metadata = msgspec.json.encode({"note": note}).decode()
         row = (account_id, seq, before, nanos, after, "grant", reference, metadata)
-        await conn.execute(INSERT_LEDGER_ROW, *row)
+        try:
+            await conn.execute(INSERT_LEDGER_ROW, *row)
+        except asyncpg.UniqueViolationError as exc:
+            # Another account took the reference meanwhile: only our own account was locked.
+            raise ReferenceConflict from exc
         await conn.execute(UPDATE_BALANCE, account_id, after, seq)
     return AccountState(
         account_id=account_id, balance_nanos=after, version=seq, status=account["status"]

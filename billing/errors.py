@@ -41,8 +41,13 @@ class KeyRevoked(Refusal):
 class TillUnavailable(BillingError):
     """The till did not answer in time; nothing may be admitted without it.
 
-    What was asked may still have been done: every script is safe to repeat.
+    What was asked may still have been done, unless it was not asked at all: there was no
+    connection to ask on. Every script is safe to repeat.
     """
+
+    def __init__(self, *, asked: bool = True) -> None:
+        super().__init__()
+        self.asked = asked
 
 
 class TillRefused(BillingError):

@@ -4,8 +4,9 @@
 tokens. Everything rounds once, up, on the sum.
 """
 
+import re
 from collections.abc import Iterable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 NANOS_PER_USD = 10**9
 NANOS_PER_CREDIT = 10**6
@@ -13,8 +14,12 @@ TOKENS_PER_RATE = 10**6
 BPS = 10**4
 # Lua computes in doubles, exact up to here: $9,007,199.254740991.
 NANOS_MAX = 2**53 - 1
-# A reported cost beyond this many digits on either side is noise or an attack, not a price.
-REPORTED_DIGITS_MAX = 40
+# $100,000 per million tokens: with the largest count and markup, amounts still fit a bigint.
+RATE_MAX = 10**14
+# A decimal number as JSON writes it. More digits than these are noise or an attack, not money, and
+# Python's Decimal would also take 1_000, other scripts' digits, NaN and a billion zeros.
+DECIMAL = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?")
+REPORTED_DECIMALS_MAX = 40
 
 Lines = Iterable[tuple[int, int]]
 
@@ -37,17 +42,15 @@ def price_of(lines: Lines, markup_bps: int) -> int:
 
 def read_reported_usd(text: str) -> Decimal | None:
     """A cost in USD as a provider wrote it, exactly; None when it is no sane amount of money."""
-    try:
-        amount = Decimal(text)
-    except InvalidOperation:
+    amount = _decimal(text)
+    if amount is None or amount < 0 or amount > NANOS_MAX // NANOS_PER_USD:
         return None
-    if not amount.is_finite() or amount < 0 or amount > NANOS_MAX // NANOS_PER_USD:
-        return None
+    if not amount:  # some encoders write -0 or 0E-99
+        return Decimal(0)
     exponent = amount.as_tuple().exponent
-    if not isinstance(exponent, int) or exponent < -REPORTED_DIGITS_MAX:
+    if not isinstance(exponent, int) or exponent < -REPORTED_DECIMALS_MAX:
         return None
-    # Decimal('-0') is not below zero, and some encoders write it.
-    return amount if amount else Decimal(0)
+    return amount
 
 
 def cost_of_reported(usd: Decimal) -> int:
@@ -66,13 +69,12 @@ def rate_of_usd(usd_per_mtok: str) -> int:
 
     Raises ValueError for anything that is not a whole, non-negative number of nanos.
     """
-    try:
-        nanos = Decimal(usd_per_mtok) * NANOS_PER_USD
-    except InvalidOperation as exc:
-        raise ValueError(f"{usd_per_mtok!r} is no decimal number") from exc
-    if not nanos.is_finite() or nanos < 0 or nanos != nanos.to_integral_value():
+    nanos = _whole_nanos(usd_per_mtok, NANOS_PER_USD)
+    if nanos is None or nanos < 0:
         raise ValueError(f"{usd_per_mtok!r} is no whole number of nanos per million tokens")
-    return int(nanos)
+    if nanos > RATE_MAX:
+        raise ValueError(f"{usd_per_mtok!r} is above {usd_text(RATE_MAX)} USD per million tokens")
+    return nanos
 
 
 def credits_text(nanos: int) -> str:
@@ -87,15 +89,26 @@ def usd_text(nanos: int) -> str:
 
 def read_credits(text: str) -> int:
     """Nanos of a decimal number of credits, exactly. Raises ValueError."""
-    try:
-        nanos = Decimal(text) * NANOS_PER_CREDIT
-    except InvalidOperation as exc:
-        raise ValueError(f"{text!r} is no decimal number") from exc
-    if not nanos.is_finite() or nanos != nanos.to_integral_value():
+    nanos = _whole_nanos(text, NANOS_PER_CREDIT)
+    if nanos is None:
         raise ValueError(f"{text!r} credits is no whole number of nanos (6 decimals at most)")
     if abs(nanos) > NANOS_MAX:
         raise ValueError(f"{text!r} credits is more than an account can hold")
-    return int(nanos)
+    return nanos
+
+
+def _decimal(text: str) -> Decimal | None:
+    return Decimal(text) if DECIMAL.fullmatch(text) else None
+
+
+def _whole_nanos(text: str, unit: int) -> int | None:
+    """text times unit; None unless it is whole. Decimal's own product rounds to 28 digits."""
+    amount = _decimal(text)
+    if amount is None:
+        return None
+    numerator, denominator = amount.as_integer_ratio()
+    whole, rest = divmod(numerator * unit, denominator)
+    return None if rest else whole
 
 
 def _decimal_text(nanos: int, unit: int, digits: int) -> str:

@@ -5,7 +5,7 @@ price can be recomputed by hand for ever.
 """
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
@@ -96,20 +96,28 @@ NOTHING = Charge(cost_nanos=0, price_nanos=0, overrun_nanos=0, cost_source=CostS
 
 
 class PriceBook:
-    """All known price versions, newest first for each model. Immutable."""
+    """All known price versions, newest first for each model. Immutable.
 
-    def __init__(self, versions: Iterable[PriceVersion]) -> None:
+    book_ahead: how far the clock that dated the versions is ahead of the one that asks. Without
+    it a worker whose clock is late would find a new model without a price.
+    """
+
+    def __init__(
+        self, versions: Iterable[PriceVersion], book_ahead: timedelta = timedelta()
+    ) -> None:
         by_model: dict[str, list[PriceVersion]] = {}
         for version in versions:
             by_model.setdefault(version.model, []).append(version)
         for rows in by_model.values():
             rows.sort(key=_precedence, reverse=True)
         self._by_model: Mapping[str, list[PriceVersion]] = by_model
+        self._book_ahead = book_ahead
 
     def at(self, model: str, moment: datetime) -> PriceVersion | None:
         """The version in force at that moment (UTC), or None for an unpriced model."""
+        at_the_book = moment + self._book_ahead
         for version in self._by_model.get(model, ()):
-            if version.effective_from <= moment:
+            if version.effective_from <= at_the_book:
                 return version
         return None
 

@@ -7,6 +7,7 @@ import asyncpg
 
 from billing.book import Connection, translated
 from billing.prices import PriceBook, PriceVersion, Rates
+from config.clock import utc_now
 
 # Any constant will do; it must only differ from other advisory locks of this database.
 PRICES_LOCK = 0x7072696365
@@ -21,7 +22,7 @@ FROM model_prices AS p
 WHERE effective_from >= (
     SELECT coalesce(max(c.effective_from), '-infinity'::timestamptz)
     FROM model_prices AS c
-    WHERE c.model = p.model AND c.source = p.source AND c.effective_from <= now()
+    WHERE c.model = p.model AND c.source = p.source AND c.effective_from <= $1
 )
 ORDER BY price_version
 """
@@ -32,14 +33,17 @@ INSERT INTO model_prices (
 )
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
-SELECT_NOW = "SELECT now()"
+# now() is the start of the transaction: with two at once, the moment before the wait for the lock.
+SELECT_NOW = "SELECT clock_timestamp()"
 
 
 async def load_prices(conn: Connection) -> PriceBook:
     """The versions in force now and those that will be."""
+    asked_at = utc_now()
     async with translated():
-        rows = await conn.fetch(SELECT_PRICES)
-    return PriceBook([_version(row) for row in rows])
+        now: datetime = await conn.fetchval(SELECT_NOW)
+        rows = await conn.fetch(SELECT_PRICES, now)
+    return PriceBook([_version(row) for row in rows], book_ahead=now - asked_at)
 
 
 async def sync_config_prices(conn: Connection, wanted: Mapping[str, Rates]) -> list[str]:
@@ -51,7 +55,7 @@ async def sync_config_prices(conn: Connection, wanted: Mapping[str, Rates]) -> l
     async with translated(), conn.transaction():
         await conn.execute(LOCK_PRICES, PRICES_LOCK)
         now: datetime = await conn.fetchval(SELECT_NOW)
-        rows = await conn.fetch(SELECT_PRICES)
+        rows = await conn.fetch(SELECT_PRICES, now)
         book = PriceBook([_version(row) for row in rows if row["source"] == "config"])
         changed = []
         for model, rates in wanted.items():

@@ -1,5 +1,6 @@
 """The charge receipt: one for each admitted request, and its columns in the book. Pure."""
 
+import re
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -80,6 +81,23 @@ class ChargeReceipt(msgspec.Struct, kw_only=True):
     finished_at: datetime
 
 
+# What comes from outside is cut to this before it goes into a row.
+TEXT_CHARS_MAX = 1000
+_TEXT_FIELDS = tuple(
+    field.name for field in msgspec.structs.fields(ChargeReceipt) if field.type is str
+)
+# Postgres takes no NUL, and no encoder takes half of a surrogate pair.
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def clean_texts(receipt: ChargeReceipt) -> None:
+    """Make every text writable: a provider's odd id must not keep a receipt out of the book."""
+    for name in _TEXT_FIELDS:
+        text = getattr(receipt, name)
+        if len(text) > TEXT_CHARS_MAX or not text.isprintable():
+            setattr(receipt, name, _UNWRITABLE.sub("", text[:TEXT_CHARS_MAX]))
+
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(ChargeReceipt)
 
@@ -90,5 +108,5 @@ def encode_receipt(receipt: ChargeReceipt) -> bytes:
 
 
 def decode_receipt(data: bytes) -> ChargeReceipt:
-    """The receipt of an outbox entry's JSON. Raises msgspec.ValidationError."""
+    """The receipt of an outbox entry's JSON. Raises msgspec.DecodeError or UnicodeDecodeError."""
     return _decoder.decode(data)

@@ -15,7 +15,7 @@ from typing import Any
 
 from billing.book import BookRefused, Pool, acquire, post_receipts
 from billing.errors import BookUnavailable, TillRefused, TillUnavailable
-from billing.receipts import ChargeReceipt, encode_receipt
+from billing.receipts import ChargeReceipt, clean_texts, encode_receipt
 from billing.till import AccountState, Confirmation, SpendScopes, Till
 from config.clock import Seconds, seconds
 
@@ -23,6 +23,7 @@ log = logging.getLogger("billing.settle")
 
 RETRY_FIRST_S, RETRY_LAST_S = seconds(20), seconds(2000)
 CONFIRMS_WAITING_MAX = 100_000
+CONFIRMS_AT_ONCE = 64
 
 
 class Settled:
@@ -46,6 +47,10 @@ class Settled:
         self.committed: asyncio.Future[None] = loop.create_future()
 
 
+# Receipts of one account that one commit brought into the book, and what it returned.
+_Group = tuple[AccountState, list[Settled]]
+
+
 class Settler:
     """The queue between requests and the book; `run_*` are supervised tasks of the worker."""
 
@@ -66,7 +71,8 @@ class Settler:
         self._on_result = on_result
         self._queue: deque[Settled] = deque()
         self._in_flight: list[Settled] = []
-        self._unconfirmed: deque[tuple[AccountState, list[Settled]]] = deque()
+        self._unconfirmed: deque[_Group] = deque()
+        self._confirming: list[_Group] = []
         self._wake = asyncio.Event()
         self._wake_confirms = asyncio.Event()
         self._stopping = False
@@ -80,7 +86,7 @@ class Settler:
     @property
     def is_idle(self) -> bool:
         """True when the book has everything and the till knows it."""
-        return not self.pending and not self._unconfirmed
+        return not self.pending and not self._unconfirmed and not self._confirming
 
     @property
     def accepts(self) -> bool:
@@ -97,6 +103,7 @@ class Settler:
 
         Never awaits: nothing can come between a request's end and its receipt being owned here.
         """
+        clean_texts(receipt)
         data = encode_receipt(receipt)
         reply = self._till.settle(scopes, request_id, receipt.price_nanos, data)
         settled = Settled(receipt, request_id, scopes, reply)
@@ -125,6 +132,7 @@ class Settler:
 
         What the till never hears stays in its outbox and is confirmed by whoever finds it.
         """
+        delay_s = RETRY_FIRST_S
         while True:
             if not self._unconfirmed:
                 if self._commits_ended:
@@ -132,9 +140,21 @@ class Settler:
                 self._wake_confirms.clear()
                 await self._wake_confirms.wait()
                 continue
-            state, group = self._unconfirmed[0]
-            if await self._confirm(state, group) or self._commits_ended:
-                self._unconfirmed.popleft()
+            failed = await self._confirm_some()
+            if not failed:
+                delay_s = RETRY_FIRST_S
+            elif not self._commits_ended:
+                self._unconfirmed.extendleft(reversed(failed))
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_LAST_S)
+
+    async def _confirm_some(self) -> list[_Group]:
+        """Confirm what waits, in one pipeline; returns the groups that the till did not hear of."""
+        size = min(len(self._unconfirmed), CONFIRMS_AT_ONCE)
+        groups = self._confirming = [self._unconfirmed.popleft() for _ in range(size)]
+        heard = await asyncio.gather(*(self._confirm(*group) for group in groups))
+        self._confirming = []
+        return [group for group, ok in zip(groups, heard, strict=True) if not ok]
 
     def stop(self) -> None:
         """Let `run_commits` end once everything is committed."""
@@ -190,7 +210,6 @@ class Settler:
         try:
             await self._till.confirm(Confirmation(state=state, receipts=receipts))
         except TillUnavailable:
-            await self._till.link.wait_up(RETRY_LAST_S)
             return False
         except TillRefused as exc:
             log.error("confirm.refused", extra={"reply": exc.reply})

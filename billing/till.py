@@ -7,9 +7,9 @@ Failure: TillUnavailable when it does not answer within two tries; the request i
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 from uuid import UUID
 from zlib import crc32
 
@@ -17,6 +17,7 @@ import msgspec
 
 from billing.errors import (
     AccountFrozen,
+    BookUnavailable,
     InsufficientCredit,
     KeyRevoked,
     TillRefused,
@@ -28,11 +29,14 @@ from billing.till_link import Arg, Script, TillLink
 from config.ids import id_text
 
 log = logging.getLogger("billing.till")
+T = TypeVar("T")
 
 SHARDS = 256
 # A refusal for want of credit asks the book first, but not more often than this for an account.
 REFRESH_EVERY_MS = 1000
 REFRESH_REMEMBERED_MAX = 10_000
+# The first answer may be epoch, then cold, then short: each is mended once.
+ADMIT_TRIES = 5
 
 
 def _script(name: str) -> Script:
@@ -142,7 +146,7 @@ class Till:
         self._read_account = read_account
         self._read_epoch = read_epoch
         self._epoch = 0
-        self._seeding: dict[UUID, asyncio.Future[None]] = {}
+        self._reading: dict[Hashable, asyncio.Future[Any]] = {}
         self._refreshed_ms: dict[UUID, int] = {}
 
     async def admit(
@@ -155,19 +159,22 @@ class Till:
         (the hold may exist: settle the request with price 0).
         """
         assert 0 <= hold_nanos <= NANOS_MAX
-        for _ in range(5):
+        for _ in range(ADMIT_TRIES):
             if not self._epoch:
-                self._epoch = await self._read_epoch()
+                self._epoch = await self._share("epoch", self._read_epoch)
             status, index, nanos = await self._try_admit(scopes, request_id, hold_nanos, draft)
             if status in {"admitted", "exists"}:
                 return
             if status == "epoch":
                 self._epoch = 0
-            elif status == "cold" or (status == "short" and self._may_refresh(scopes.account_id)):
+            elif status == "cold":
+                # Whoever writes into an empty shard gives it an epoch: ours must not be an old one.
+                self._epoch = 0
                 await self.seed_from_book(scopes.account_id)
-            else:
+            elif not await self._refreshed(status, scopes.account_id):
                 _refuse(status, scopes, index, hold_nanos, nanos)
-        raise TillUnavailable
+        # Every answer was a plain no: nothing is held.
+        raise TillUnavailable(asked=False)
 
     async def _try_admit(
         self, scopes: SpendScopes, request_id: str, hold_nanos: int, draft: bytes
@@ -188,13 +195,24 @@ class Till:
             draft,
             *scopes.admit_args,
         )
-        try:
-            reply = await self.link.run(self._scripts.admit, keys, args)
-        except TillUnavailable:
-            if not await self.link.wait_up(self.link.call_timeout_s):
-                raise
-            reply = await self.link.run(self._scripts.admit, keys, args)
+        reply = await self._run_twice(self._scripts.admit, keys, args)
         return reply[0].decode(), reply[1], reply[2]
+
+    async def _run_twice(self, script: Script, keys: tuple[Arg, ...], args: tuple[Arg, ...]) -> Any:
+        """Run a script; once more when there was no answer: two call timeouts in all."""
+        now = asyncio.get_running_loop().time
+        first_ends_at = now() + self.link.call_timeout_s
+        try:
+            return await self.link.run(script, keys, args)
+        except TillUnavailable as exc:
+            asked = exc.asked
+            if not await self.link.wait_up(first_ends_at - now()):
+                raise
+        try:
+            return await self.link.run(script, keys, args)
+        except TillUnavailable as exc:
+            exc.asked |= asked
+            raise
 
     def forwarded(self, scopes: SpendScopes, request_id: str) -> None:
         """Mark the hold as forwarded, on the wire when this returns; the reply is not awaited."""
@@ -208,7 +226,7 @@ class Till:
         """End the hold with its price; the receipt waits in the outbox for the book.
 
         Returns at once; the future gives [status, available nanos] or fails with
-        TillUnavailable / TillRefused. Safe to repeat.
+        TillUnavailable / TillRefused. Safe to repeat until the receipt is confirmed.
         """
         assert 0 <= price_nanos <= NANOS_MAX
         keys = (
@@ -242,29 +260,57 @@ class Till:
 
     async def seed_from_book(self, account_id: UUID) -> None:
         """Tell the till what the book says of an account; many callers share one reading."""
-        shared = self._seeding.get(account_id)
-        if shared is not None:
-            await asyncio.shield(shared)
-            return
-        shared = self._seeding[account_id] = asyncio.get_running_loop().create_future()
-        shared.add_done_callback(_look_at)
-        try:
+
+        async def read_and_seed() -> None:
             await self.seed(await self._read_account(account_id))
-            shared.set_result(None)
+
+        await self._share(account_id, read_and_seed)
+
+    async def _share(self, what: Hashable, read: Callable[[], Awaitable[T]]) -> T:
+        """The result of read, which runs once for all who ask while it runs.
+
+        When the caller that runs it is cancelled, one of the others takes over.
+        """
+        while (running := self._reading.get(what)) is not None:
+            await asyncio.wait([running])
+            if not running.cancelled():
+                return cast("T", running.result())
+        future = self._reading[what] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_look_at)
+        try:
+            result = await read()
         except BaseException as exc:
-            shared.set_exception(exc if isinstance(exc, Exception) else TillUnavailable())
+            if isinstance(exc, Exception):
+                future.set_exception(exc)
+            else:
+                future.cancel()
             raise
         finally:
-            del self._seeding[account_id]
+            del self._reading[what]
+        future.set_result(result)
+        return result
 
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
         if not self._epoch:
-            self._epoch = await self._read_epoch()
+            self._epoch = await self._share("epoch", self._read_epoch)
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
         args = (self._epoch, state.balance_nanos, state.version, state.status)
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
             self._epoch = 0
+
+    async def _refreshed(self, status: str, account_id: UUID) -> bool:
+        """Ask the book whether a refusal still holds; False when it was asked or is away.
+
+        Credit may have come in, or the account been thawed, without the till being told.
+        """
+        if status not in {"short", "frozen"} or not self._may_refresh(account_id):
+            return False
+        try:
+            await self.seed_from_book(account_id)
+        except BookUnavailable:
+            return False
+        return True
 
     def _may_refresh(self, account_id: UUID) -> bool:
         now_ms = int(asyncio.get_running_loop().time() * 1000)

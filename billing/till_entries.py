@@ -21,6 +21,7 @@ STATES = {"H", "F"}
 STATUSES = {"", "active", "frozen", "revoked"}
 PLAINTEXT_KEY = re.compile(rb"fb_(?:live|test|op)_[0-9A-Za-z]{38}")
 EXCERPT_BYTES = 40
+WRONG_TYPE = "type"
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +79,11 @@ class Shard(msgspec.Struct, kw_only=True):
     other_keys: int = 0
     is_cut: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether sums mean anything: all of it was read, and it has the types of the scripts."""
+        return not self.is_cut and all(bad.what != WRONG_TYPE for bad in self.garbage)
+
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """One scope at one moment: its own numbers and what they must be the sums of."""
@@ -102,7 +108,7 @@ class Parser:
     def put_leases(self, shard: Shard, raw: Any) -> None:
         key = f"{self._prefix}leases"
         if isinstance(raw, Exception):
-            self._bad(key, "type", str(raw))
+            self._bad(key, WRONG_TYPE, str(raw))
             return
         for request_id, score in zip(raw[::2], raw[1::2], strict=True):
             name = self._request_id(key, request_id)
@@ -111,7 +117,7 @@ class Parser:
     def put_outbox(self, shard: Shard, raw: Any) -> None:
         key = f"{self._prefix}outbox"
         if isinstance(raw, Exception):
-            self._bad(key, "type", str(raw))
+            self._bad(key, WRONG_TYPE, str(raw))
             return
         for field, value in raw.items():
             name = self._request_id(key, field)
@@ -129,7 +135,7 @@ class Parser:
         key = raw_key.decode("utf-8", "backslashreplace")
         kind, _, ident = key.removeprefix(self._prefix).partition(":")
         if isinstance(fields, Exception):
-            self._bad(key, "type", str(fields))
+            self._bad(key, WRONG_TYPE, str(fields))
         elif not fields:
             return  # gone since the scan
         elif kind == "h":

@@ -28,8 +28,14 @@ CONNECT_TIMEOUT_S = seconds(2000)
 RETRY_FIRST_S, RETRY_LAST_S = seconds(10), seconds(500)
 # Timers may fire a little early; a deadline is checked a little after it.
 TIMER_SLACK_S = seconds(1)
-# Answers that say "not now": the server is starting, or is no primary (any more).
-NOT_NOW = ("LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN")
+# Shorter-lived connections do not reset the pause between attempts.
+LIVED_S = seconds(1000)
+# Answers that say "not now": the server is starting, is no primary (any more), or cannot write.
+NOT_PRIMARY = ("READONLY", "MASTERDOWN")
+NOT_NOW = (
+    *NOT_PRIMARY,
+    *("LOADING", "TRYAGAIN", "CLUSTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "BUSY"),
+)
 
 
 class Script:
@@ -99,11 +105,14 @@ class TillLink:
 
     async def close(self) -> None:
         """Close; calls without an answer fail with TillUnavailable. Idempotent."""
+        connection = self._connection
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+        if connection is not None:
+            await connection.closed
 
     def run(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Future[Any]:
         """Run a script. The future fails with TillUnavailable or TillRefused."""
@@ -119,7 +128,7 @@ class TillLink:
         connection = self._connection
         if connection is None or len(connection.pending) >= self._pending_max:
             future = asyncio.get_running_loop().create_future()
-            future.set_exception(TillUnavailable())
+            future.set_exception(TillUnavailable(asked=False))
             return future
         return connection.send(args, self.call_timeout_s)
 
@@ -129,26 +138,34 @@ class TillLink:
             self._connection.flush()
 
     async def _stay_connected(self) -> None:
+        loop = asyncio.get_running_loop()
         delay_s = RETRY_FIRST_S
         while True:
             connection: _Connection | None = None
+            started_at = loop.time()
             try:
                 connection = await self._connect()
+                # Before any call of this connection learns that it failed: its second try must
+                # wait for the next connection.
+                connection.closed.add_done_callback(self._lost)
                 self._connection = connection
                 self._up.set()
-                delay_s = RETRY_FIRST_S
                 log.info("till.connected")
-                await connection.closed
+                await asyncio.wait([connection.closed])  # unlike await, it cancels nothing
                 log.warning("till.disconnected")
-            except (OSError, TimeoutError, TillRefused, TillUnavailable) as exc:
+            except (OSError, UnicodeError, TillRefused, TillUnavailable) as exc:
                 self._say_once(exc)
             finally:
-                self._connection = None
-                self._up.clear()
                 if connection is not None:
                     connection.abort()
+            if connection is not None and loop.time() - started_at > LIVED_S:
+                delay_s = RETRY_FIRST_S
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RETRY_LAST_S)
+
+    def _lost(self, _: object) -> None:
+        self._connection = None
+        self._up.clear()
 
     def _say_once(self, exc: Exception) -> None:
         error = f"{type(exc).__name__}: {getattr(exc, 'reply', exc)}"
@@ -223,6 +240,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._waiting: deque[_Call] = deque()
+        # All that was sent and has no reply, those included whose callers gave up.
         self.pending: deque[_Call] = deque()
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
@@ -234,12 +253,14 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        self._waiting.clear()
+        if not self.closed.done():
+            self.closed.set_result(None)
         pending, self.pending = self.pending, deque()
         for call in pending:
             if not call.future.done():
                 call.future.set_exception(TillUnavailable())
-        if not self.closed.done():
-            self.closed.set_result(None)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -247,7 +268,10 @@ class _Connection(asyncio.Protocol):
 
     def send(self, args: tuple[Arg, ...], timeout_s: Seconds) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._enqueue(args, _Call(future, self._loop.time(), timeout_s, None))
+        if self._transport is None:  # lost; the link learns it within this tick
+            future.set_exception(TillUnavailable(asked=False))
+        else:
+            self._enqueue(args, _Call(future, self._loop.time(), timeout_s, None))
         return future
 
     def _enqueue(self, args: tuple[Arg, ...], call: _Call) -> None:
@@ -255,8 +279,8 @@ class _Connection(asyncio.Protocol):
             self._loop.call_soon(self.flush)
         self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]
         self.pending.append(call)
-        if self._timer is None:
-            self._timer = self._loop.call_at(call.deadline, self._check_deadlines)
+        self._waiting.append(call)
+        self._check_by(min(call.deadline, call.sent_at + self._stall_timeout_s))
 
     def flush(self) -> None:
         if self._out:
@@ -287,31 +311,41 @@ class _Connection(asyncio.Protocol):
                 future.set_result(reply)
             return
         text = str(reply)
-        if call.script is not None and text.startswith("NOSCRIPT"):
-            # EVAL teaches the server the script again; SCRIPT FLUSH costs one round trip.
+        if call.script is not None and text.startswith("NOSCRIPT") and not future.done():
+            # EVAL teaches the server the script again; SCRIPT FLUSH costs one round trip. Not for
+            # a caller who gave up: run late, the script could bring back what is settled by now.
             timeout_s = call.deadline - call.sent_at
             again = _Call(future, self._loop.time(), timeout_s, None)
             self._enqueue(("EVAL", call.script.source, *call.args), again)
         elif not future.done():
-            refused = text.startswith(NOT_NOW)
-            future.set_exception(TillUnavailable() if refused else TillRefused(text))
+            not_now = text.startswith(NOT_NOW)
+            future.set_exception(TillUnavailable() if not_now else TillRefused(text))
+        if text.startswith(NOT_PRIMARY):
+            self.abort()  # the name may lead to the new primary by now
+
+    def _check_by(self, when: Seconds) -> None:
+        """Look at the deadlines at that time, or before."""
+        when += TIMER_SLACK_S
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._check_deadlines)
 
     def _check_deadlines(self) -> None:
         """Fail what is overdue. The deadlines of a connection are in the order of its calls."""
         self._timer = None
         now = self._loop.time()
-        if self.pending and now - self.pending[0].sent_at > self._stall_timeout_s:
+        waiting = self._waiting
+        while waiting and (waiting[0].future.done() or waiting[0].deadline <= now):
+            future = waiting.popleft().future
+            if not future.done():
+                future.set_exception(TillUnavailable())
+        if not self.pending:
+            return
+        stalled_at = self.pending[0].sent_at + self._stall_timeout_s
+        if stalled_at <= now:
             log.warning("till.stalled", extra={"pending": len(self.pending)})
             self.abort()
             return
-        next_check = None
-        for call in self.pending:
-            if call.deadline > now:
-                next_check = call.deadline
-                break
-            if not call.future.done():
-                call.future.set_exception(TillUnavailable())
-        if self.pending:
-            stalled_at = self.pending[0].sent_at + self._stall_timeout_s
-            when = min(next_check or stalled_at, stalled_at) + TIMER_SLACK_S
-            self._timer = self._loop.call_at(when, self._check_deadlines)
+        self._check_by(min(waiting[0].deadline, stalled_at) if waiting else stalled_at)

@@ -10,7 +10,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from importlib import resources
 from typing import Any, Literal
 from uuid import UUID
 
@@ -20,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from billing.errors import TillRefused, TillUnavailable
-from billing.till import AccountState, account_scope_key, key_scope_key, shard_prefix
+from billing.till import AccountState, Scripts, account_scope_key, key_scope_key, shard_prefix
 from billing.till_entries import Look, Parser, Scope, Shard
 from billing.till_link import NOT_NOW
 from config.clock import Seconds, seconds
@@ -88,7 +87,7 @@ async def tell_account(url: str, state: AccountState, epoch: int) -> str:
     Returns seeded, kept (it knew) or epoch (the till's content is of another epoch: nothing was
     written, its scopes are seeded from the book when it is in use again). Raises TillUnavailable.
     """
-    source = (resources.files("billing") / "lua" / "seed_v1.lua").read_text("utf-8")
+    source = Scripts().seed.source
     keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
     args = (epoch, state.balance_nanos, state.version, state.status)
     async with _client(url) as client, _translated():
@@ -128,7 +127,7 @@ class TillScan:
         deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
         async with _translated():
             total = await self._client.execute_command("DBSIZE")
-        for pattern in _patterns(int(total)):
+        for pattern in scan_patterns(int(total)):
             found = await self._keys_by_shard(pattern, deadline)
             for name in sorted(found):
                 yield await self._read_shard(name, found.pop(name))
@@ -144,8 +143,10 @@ class TillScan:
         key = f"{shard.prefix}{kind}:{id_text(owner_id)}"
         holds = [f"{shard.prefix}h:{request_id}" for request_id in known]
         keys = (key, f"{shard.prefix}outbox", f"{shard.prefix}leases", *holds)
-        field = "billing_account_id" if kind == "a" else "app_key_id"
-        args = (f'"{field}":"{owner_id}"', f"{shard.prefix}h:")
+        # Without its opening quote `_key_id"` names both kinds of key; clients cannot write it,
+        # because a quote inside a JSON string is escaped.
+        field = '"billing_account_id"' if kind == "a" else '_key_id"'
+        args = (f'{field}:"{owner_id}"', f"{shard.prefix}h:")
         async with _translated():
             fields, held, settled = await self._client.execute_command(
                 "EVAL_RO", _look_source, len(keys), *keys, *args
@@ -243,10 +244,12 @@ class TillScan:
             pipe = self._client.pipeline(transaction=False)
             for key in keys:
                 pipe.execute_command("HGETALL", key)
-            return await pipe.execute(raise_on_error=False)
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        return found
 
 
-def _patterns(total: int) -> list[str]:
+def scan_patterns(total: int) -> list[str]:
+    """What to SCAN for, pass after pass."""
     digits = "0123456789abcdef"
     if total <= KEYS_PER_PASS:
         return ["fb:{s??}:*"]

@@ -38,12 +38,12 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     audio_output_tokens: int = 0
 
     def within_totals(self) -> "Usage":
-        """The same usage with every kind cut to what its total leaves room for."""
-        audio_in = min(self.audio_input_tokens, self.input_tokens)
-        cached = min(self.cached_tokens, self.input_tokens - audio_in)
-        written = min(self.cache_write_tokens, self.input_tokens - audio_in - cached)
-        audio_out = min(self.audio_output_tokens, self.output_tokens)
-        reasoning = min(self.reasoning_tokens, self.output_tokens - audio_out)
+        """The same usage with every kind cut to what its total leaves room for, never below 0."""
+        audio_in = _cut(self.audio_input_tokens, self.input_tokens)
+        cached = _cut(self.cached_tokens, self.input_tokens - audio_in)
+        written = _cut(self.cache_write_tokens, self.input_tokens - audio_in - cached)
+        audio_out = _cut(self.audio_output_tokens, self.output_tokens)
+        reasoning = _cut(self.reasoning_tokens, self.output_tokens - audio_out)
         return Usage(
             input_tokens=self.input_tokens,
             output_tokens=self.output_tokens,
@@ -69,3 +69,7 @@ def is_believable(usage: Usage, input_ceiling: int, output_bytes: int, output_ma
     if usage.input_tokens > 8 * input_ceiling + 50_000:
         return False
     return usage.output_tokens <= max(8 * output_bytes, 2 * output_max) + 1_000
+
+
+def _cut(count: int, room: int) -> int:
+    return max(min(count, room), 0)

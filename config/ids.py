@@ -12,6 +12,8 @@ ALPHABET = "0123456789abcdefghijklmnopqrstuv"
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
 _SHIFTS = tuple(range(120, -1, -10))
 _TEXT_LENGTH = 26
+# By table, not by str.lower(): that turns the Kelvin sign into a k.
+_DIGITS = {char: at for at, low in enumerate(ALPHABET) for char in (low, low.upper())}
 
 
 def new_id() -> UUID:
@@ -31,12 +33,11 @@ def id_text(uid: UUID) -> str:
 
 def read_id(text: str) -> UUID:
     """The UUID of an id with or without prefix ('rcpt_...'). Raises ValueError."""
-    body = text.rpartition("_")[2].lower()
-    if len(body) != _TEXT_LENGTH:
-        raise ValueError(f"{text!r} is no id of ours")
+    body = text.rpartition("_")[2]
+    digits = [_DIGITS.get(char, -1) for char in body[: _TEXT_LENGTH + 1]]
     bits = 0
-    for char in body:
-        bits = (bits << 5) | ALPHABET.index(char)
-    if bits & 0b11:
-        raise ValueError(f"{text!r} is no id of ours")
+    for digit in digits:
+        bits = (bits << 5) | digit
+    if len(digits) != _TEXT_LENGTH or min(digits) < 0 or bits & 0b11:
+        raise ValueError(f"{text[:64]!r} is no id of ours")
     return UUID(int=bits >> 2)

@@ -8,10 +8,11 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.types import ASGIApp
 
 from config.ids import id_text, new_id
-from gateway.errors import ApiError, internal_error
-from gateway.health import is_ready, may_read_metrics
+from gateway.errors import ApiError, internal_error, to_api_error
+from gateway.health import failing_parts, may_read_metrics
 from gateway.metrics import CONTENT_TYPE
 from gateway.services import Services
+from keys.errors import KeysError
 
 __all__ = ["build_app"]
 
@@ -27,16 +28,18 @@ def build_app(services: Services) -> ASGIApp:
     @get("/readyz", media_type=MediaType.JSON)
     async def readyz() -> Response[dict[str, Any]]:
         """200 when requests can be served: both stores answer and nobody is shutting us down."""
-        parts = await is_ready(services)
-        status = 200 if all(parts.values()) else 503
-        return Response({"ready": status == 200, **parts}, status_code=status)
+        failing = await failing_parts(services)
+        status = 503 if failing else 200
+        return Response({"ready": not failing, "failing": failing}, status_code=status)
 
     @get("/metrics")
     async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
         """Prometheus text format, for the metrics token or an operator key."""
-        if not await may_read_metrics(services, request.headers.get("authorization", "")):
+        if not await _is_reader(services, request.headers.get("authorization", "")):
             message = "Send the metrics token or an operator key as bearer."
-            raise ApiError(401, "invalid_api_key", message, kind="authentication_error")
+            headers = ((b"www-authenticate", b"Bearer"),)
+            kind = "authentication_error"
+            raise ApiError(401, "invalid_api_key", message, kind=kind, headers=headers)
         return Response(services.metrics.render(), media_type=CONTENT_TYPE.decode())
 
     return Litestar(
@@ -45,6 +48,13 @@ def build_app(services: Services) -> ASGIApp:
         openapi_config=None,
         logging_config=None,
     )
+
+
+async def _is_reader(services: Services, authorization: str) -> bool:
+    try:
+        return await may_read_metrics(services, authorization)
+    except KeysError as exc:
+        raise to_api_error(exc) from exc
 
 
 def _answer(exc: ApiError) -> Response[bytes]:

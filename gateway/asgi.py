@@ -16,6 +16,7 @@ from gateway.relay.http_in import (
     Receive,
     Scope,
     Send,
+    own_headers,
     send_answer,
     send_error,
 )
@@ -29,7 +30,7 @@ log = logging.getLogger("gateway.edge")
 MODELS = "/v1/models"
 SLASHES = re.compile(r"/{2,}")
 # Reachable without /v1 too: half of all base URLs are written without it.
-DIALECT = ("/chat/completions", "/models")
+DIALECT = re.compile(r"/(chat/completions|models)(/|$)")
 
 
 class Edge:
@@ -71,7 +72,7 @@ class Edge:
     ) -> None:
         method = scope["method"]
         if method == "OPTIONS":
-            await send_answer(send, 204, PREFLIGHT, b"")
+            await send_answer(send, 204, [*own_headers(arrival), *PREFLIGHT], b"")
         elif path == CHAT:
             allow(method, "POST")
             await chat_completions(self._services, arrival, scope, receive, send)
@@ -104,7 +105,7 @@ def canonical(path: str) -> str:
     path = SLASHES.sub("/", path).rstrip("/") or "/"
     if path.startswith("/v1/v1/"):
         path = path[3:]
-    if path.startswith(DIALECT):
+    if DIALECT.match(path):
         return "/v1" + path
     return path
 

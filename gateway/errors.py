@@ -20,7 +20,10 @@ RETRY_AFTER_MAX_S = 60
 
 
 class ApiError(Exception):
-    """An answer other than success, as the client will see it."""
+    """An answer other than success, as the client will see it.
+
+    label names it in metrics and documentation: code, unless that is a provider's own word.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
+        self.label = code
         self.message = message
         self.kind = kind
         self.param = param
@@ -48,7 +52,7 @@ class ApiError(Exception):
                 "type": self.kind,
                 "code": self.code,
                 "param": self.param,
-                "doc_url": DOC_URL + self.code,
+                "doc_url": DOC_URL + self.label,
                 "request_id": request_id,
             }
         }

@@ -7,20 +7,21 @@ from billing.book import acquire, read_epoch
 from billing.errors import BillingError
 from gateway.services import Services
 from keys.api_key import digest, is_well_formed
-from keys.errors import KeysError
 from keys.store import is_operator
 
 PROBE_S = 2.0
 
 
-async def is_ready(services: Services) -> dict[str, bool]:
-    """Each part and whether it works right now."""
+async def failing_parts(services: Services) -> list[str]:
+    """What keeps this worker from serving requests right now: nothing, when it is ready."""
     till, book = await asyncio.gather(_till(services), _book(services))
-    return {
+    parts = {
         "till": till,
         "book": book,
-        "accepting": not services.is_draining and services.settler.accepts,
+        "receipts_pending": services.settler.accepts,
+        "draining": not services.is_draining,
     }
+    return [name for name, works in parts.items() if not works]
 
 
 async def _till(services: Services) -> bool:
@@ -42,7 +43,10 @@ async def _book(services: Services) -> bool:
 
 
 async def may_read_metrics(services: Services, authorization: str) -> bool:
-    """True for the metrics token, an operator key, or everybody when metrics are open."""
+    """True for the metrics token, an operator key, or everybody when metrics are open.
+
+    Raises KeysUnavailable when an operator key cannot be looked up.
+    """
     settings = services.settings
     if settings.metrics.open:
         return True
@@ -55,8 +59,6 @@ async def may_read_metrics(services: Services, authorization: str) -> bool:
         return True
     if not (is_well_formed(key) and key.startswith(b"fb_op_")):
         return False
-    try:
-        sealed = digest(key, settings.keys.pepper.reveal().encode())
-        return await is_operator(services.pool, [sealed])
-    except KeysError:
-        return False
+    peppers = (settings.keys.pepper, settings.keys.pepper_previous)
+    digests = [digest(key, pepper.reveal().encode()) for pepper in peppers if pepper]
+    return await is_operator(services.pool, digests)

@@ -1,5 +1,6 @@
 """JSON log lines: the message is an event name, facts are fields. Never prompts, never secrets."""
 
+import asyncio
 import logging
 import sys
 import traceback
@@ -33,6 +34,11 @@ class JsonFormatter(logging.Formatter):
         return _encoder.encode(line).decode()
 
 
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for what the server says of a request that was cut off on purpose."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def set_up_logging(settings: Log) -> None:
     """Send everything to stderr or to the file, as JSON lines."""
     stream: TextIO = sys.stderr
@@ -50,3 +56,4 @@ def set_up_logging(settings: Log) -> None:
     for name in ("uvicorn", "uvicorn.error", "asyncio", "litestar"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").disabled = True
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)

@@ -7,6 +7,7 @@ only says that it is time, and everything ends in order.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -22,11 +23,15 @@ from gateway.asgi import Edge
 from gateway.errors import NOT_CHARGED, ApiError
 from gateway.metrics import Metrics
 from gateway.services import Services, open_services
+from gateway.supervisor import BACKLOG
 
 log = logging.getLogger("gateway.server")
 
-# Beyond the limit that gets a polite 431, the connection is cut.
+# A head beyond the limit is read this far, so that the edge can refuse it with the request's ids.
 HEADERS_CUT_FACTOR = 4
+# For cut-off requests to count and settle what came; longer than till and book are waited for.
+CUT_OFF_S = 5.0
+REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 
 class Protocol(HttpToolsProtocol):
@@ -52,6 +57,13 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and self._head_bytes > self.headers_bytes_max * HEADERS_CUT_FACTOR:
             self._refuse(431, "headers_too_large", "The headers are too large.")
+        elif self._head_timer is None and self._is_idle:
+            # Empty lines between two requests end the keep-alive timer and begin no request.
+            self._wait_for_head()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -80,17 +92,24 @@ class Protocol(HttpToolsProtocol):
 
     def _head_too_late(self) -> None:
         self._head_timer = None
-        if not self.transport.is_closing():
+        if not self._is_idle:
+            # A pipelined head is late: the answer before it goes on.
+            self._wait_for_head()
+        elif not self.transport.is_closing():
             # Never 408 (SDKs repeat it); a client that sends no head reads no answer either.
             self.transport.close()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         if self.transport.is_closing():
             return
+        if not self._is_idle:
+            # In the middle of another answer this one would be taken for a part of it.
+            self.transport.close()
+            return
         error = ApiError(status, code, f"{message} {NOT_CHARGED}")
         body = error.body(f"req_{id_text(new_id())}")
         head = (
-            f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
@@ -116,6 +135,7 @@ async def run_worker(
     A second signal ends the drain; what is open then is settled as it stands.
     Raises BookUnavailable when Postgres cannot be reached at start.
     """
+    parent = os.getppid()
     stop = asyncio.Event()
     hurry = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -125,7 +145,7 @@ async def run_worker(
 
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, on_signal)
-    async with open_services(settings, Metrics(multiprocess_dir)) as services:
+    async with open_services(settings, Metrics(multiprocess_dir), hurry) as services:
         server = make_server(settings, services)
         serving = services.tasks.start(server.serve(sockets=[sock]), "server")
         stopping = services.tasks.start(stop.wait(), "stop")
@@ -133,15 +153,31 @@ async def run_worker(
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         log.info("worker.draining", extra={"open": services.open_calls})
         services.is_draining = True
-        server.should_exit = True
         hurrying = services.tasks.start(hurry.wait(), "hurry")
-        await asyncio.wait([serving, hurrying], return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            for task in list(server.server_state.tasks):
-                task.cancel()
-            server.force_exit = True
-            await asyncio.wait([serving], timeout=settings.timeouts.drain_s)
+        await drain(server, serving, hurrying)
+        if os.getppid() != parent:
+            # Killed with our parent, so are embedded stores: nothing is worth waiting for.
+            hurry.set()
     log.info("worker.stopped")
+
+
+async def drain(
+    server: uvicorn.Server, serving: asyncio.Task[None], hurrying: asyncio.Task[Any]
+) -> None:
+    """Let running requests end; once hurrying is done, or uvicorn's patience, cut them off.
+
+    A request that is cut off settles what came before this returns: its task ends after that.
+    """
+    server.should_exit = True
+    await asyncio.wait([serving, hurrying], return_when=asyncio.FIRST_COMPLETED)
+    left = list(server.server_state.tasks)
+    for task in left:
+        task.cancel()
+    if left:
+        log.warning("requests.cut_off", extra={"count": len(left)})
+        await asyncio.wait(left, timeout=CUT_OFF_S)
+    server.force_exit = True
+    await asyncio.wait([serving], timeout=CUT_OFF_S)
 
 
 def make_server(settings: Settings, services: Services) -> Server:
@@ -164,6 +200,7 @@ def make_server(settings: Settings, services: Services) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=BACKLOG,
         timeout_keep_alive=settings.server.keepalive_timeout_s,
         timeout_graceful_shutdown=settings.server.drain_timeout_s,
     )

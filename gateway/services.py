@@ -25,6 +25,8 @@ from gateway.supervise import Tasks
 log = logging.getLogger("gateway.services")
 
 FIRST_TILL_WAIT_S = 5.0
+# For receipts on their way when somebody is in a hurry; the till's outbox keeps the rest.
+HURRIED_SETTLE_S = 3.0
 
 
 class Services:
@@ -102,8 +104,10 @@ def worker_name() -> str:
 
 
 @asynccontextmanager
-async def open_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
-    """Build, start, and at the end settle everything that is still open.
+async def open_services(
+    settings: Settings, metrics: Metrics, hurry: asyncio.Event | None = None
+) -> AsyncIterator[Services]:
+    """Build, start, and at the end settle everything that is still open; less patiently in a hurry.
 
     Raises BookUnavailable when Postgres cannot be reached at start.
     """
@@ -125,9 +129,23 @@ async def open_services(settings: Settings, metrics: Metrics) -> AsyncIterator[S
         await services.link.wait_up(FIRST_TILL_WAIT_S)
         yield services
         services.settler.stop()
-        await asyncio.wait([commits, confirms], timeout=settings.server.drain_timeout_s)
+        settled = services.tasks.start(_all_ended(commits, confirms), "settler.end")
+        hurrying = services.tasks.start((hurry or asyncio.Event()).wait(), "settler.hurry")
+        await asyncio.wait(
+            [settled, hurrying],
+            timeout=settings.server.drain_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if hurrying.done():
+            await asyncio.wait([settled], timeout=HURRIED_SETTLE_S)
+        if services.settler.pending:
+            log.error("receipts.unposted", extra={"count": services.settler.pending})
     finally:
         await services.tasks.close()
         await services.client.close()
         await services.link.close()
         pool.terminate()
+
+
+async def _all_ended(*tasks: asyncio.Task[None]) -> None:
+    await asyncio.wait(tasks)

@@ -1,7 +1,8 @@
 """The parent of the workers: one listening socket, N processes, children stop last.
 
-A worker that dies is started again; its open holds come back by their leases. The parent never
-serves a request itself.
+A worker's imports take as long as the stores' start, so it is launched first and gets its settings
+when the stores are there. A worker that dies is started again; its open holds come back by their
+leases. The parent never serves a request itself.
 Failure: WorkersFailed when the workers cannot be brought up.
 """
 
@@ -24,7 +25,7 @@ import msgspec
 
 from config.secret import Secret
 from config.settings import Settings
-from gateway.embedded import launch
+from gateway.embedded.identity import LAUNCHER
 
 log = logging.getLogger("gateway.supervisor")
 
@@ -33,10 +34,15 @@ START_S = 30.0
 RESTART_PAUSE_S = 1.0
 KILL_AFTER_S = 10.0
 READY = b"ready\n"
+# The name is prometheus_client's: where the workers' values meet.
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class WorkersFailed(Exception):
-    """A worker did not come up; its own log says why."""
+    """A worker did not come up."""
+
+    def __init__(self, log_path: str) -> None:
+        super().__init__(f"a worker did not come up; why stands in {log_path or 'its own output'}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,30 +86,39 @@ class Workers:
 
     def __init__(self, settings: Settings, sock: socket.socket, metrics_dir: str) -> None:
         self._settings = settings
+        self._places = range(settings.server.workers)
         self._sock = sock
         self._metrics_dir = metrics_dir
         self._processes: dict[int, Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
-        self._stopping = False
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values()]
 
-    async def start(self) -> None:
-        """Start all workers and wait until each serves. Raises WorkersFailed."""
-        places = range(self._settings.server.workers)
-        await asyncio.gather(*(self._spawn(place) for place in places))
-        loop = asyncio.get_running_loop()
-        self._keepers = [loop.create_task(self._keep(place)) for place in places]
+    async def launch(self) -> None:
+        """Begin with all processes; they wait for their settings."""
+        for place in self._places:
+            await self._launch(place)
 
-    async def _spawn(self, place: int) -> None:
-        env = dict(os.environ)
+    async def start(self, settings: Settings) -> None:
+        """Hand out the settings and wait until each worker serves. Raises WorkersFailed."""
+        self._settings = settings
+        ready = await asyncio.gather(*map(self._hand_over, self._places), return_exceptions=True)
+        for failure in ready:
+            if failure is not None:
+                raise failure
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep(place)) for place in self._places]
+
+    async def _launch(self, place: int) -> None:
+        env = {name: value for name, value in os.environ.items() if name != METRICS_DIR}
         if self._metrics_dir:
-            env["PROMETHEUS_MULTIPROC_DIR"] = self._metrics_dir
+            env[METRICS_DIR] = self._metrics_dir
         # The launcher ties the worker's life to ours, also when we are killed.
-        tie = (sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), "same")
-        worker = (sys.executable, "-m", "gateway.worker", str(self._sock.fileno()))
+        tie = (sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), "same")
+        # -P: a config.py in the current folder is not our package of that name.
+        worker = (sys.executable, "-P", "-m", "gateway.worker", str(self._sock.fileno()))
         process = await asyncio.create_subprocess_exec(
             *tie,
             str(int(signal.SIGTERM)),
@@ -117,6 +132,9 @@ class Workers:
             env=env,
         )
         self._processes[place] = process
+
+    async def _hand_over(self, place: int) -> None:
+        process = self._processes[place]
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(ConnectionError):
@@ -129,60 +147,78 @@ class Workers:
         except TimeoutError:
             line = b""
         if line != READY:
-            process.kill() if process.returncode is None else None
-            raise WorkersFailed
+            _signal(process, signal.SIGKILL)
+            raise WorkersFailed(self._settings.log.path)
         log.info("worker.started", extra={"pid": process.pid, "place": place})
 
     async def _keep(self, place: int) -> None:
         """Replace the worker of a place whenever it dies."""
         while True:
-            await self._processes[place].wait()
-            if self._stopping:
-                return
-            status = self._processes[place].returncode
-            log.error("worker.died", extra={"place": place, "status": status})
+            process = self._processes[place]
+            status = await process.wait()
+            facts = {"pid": process.pid, "place": place, "status": status}
+            log.error("worker.died", extra=facts)
+            self._forget_gauges(process.pid)
             await asyncio.sleep(RESTART_PAUSE_S)
-            with contextlib.suppress(WorkersFailed):
-                await self._spawn(place)
+            try:
+                await self._launch(place)
+                await self._hand_over(place)
+            except (WorkersFailed, OSError) as exc:
+                log.error("worker.start_failed", extra={"place": place, "error": str(exc)})
+
+    def _forget_gauges(self, pid: int) -> None:
+        """What a dead worker last said of its open requests is not true any more."""
+        if self._metrics_dir:
+            for file in Path(self._metrics_dir).glob(f"gauge_live*_{pid}.db"):
+                file.unlink(missing_ok=True)
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Drain all workers; when hurry is set they settle what is open as it stands."""
-        self._stopping = True
-        self._signal_all()
+        """Drain all workers; when hurry is set they settle what is open as it stands. Idempotent.
+
+        A worker that still waits for its settings has nothing to drain.
+        """
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        # As long as anybody listens, new connections would wait for an answer that never comes.
+        self._sock.close()
+        self._signal_all(signal.SIGTERM)
         waits = asyncio.gather(*(process.wait() for process in self._processes.values()))
         hurrying = asyncio.ensure_future(hurry.wait())
         timeout_s = self._settings.server.drain_timeout_s + KILL_AFTER_S
         ended: set[asyncio.Future[Any]] = {waits, hurrying}
         await asyncio.wait(ended, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not waits.done():
-            self._signal_all()
+            # Another signal than the first: two of a kind at once would arrive as one.
+            self._signal_all(signal.SIGINT)
             await asyncio.wait([waits], timeout=KILL_AFTER_S)
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
+        self._signal_all(signal.SIGKILL)
         await waits
         hurrying.cancel()
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, hurrying, return_exceptions=True)
+        await asyncio.gather(hurrying, return_exceptions=True)
 
-    def _signal_all(self) -> None:
+    def _signal_all(self, number: signal.Signals) -> None:
         for process in self._processes.values():
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
+            _signal(process, number)
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    """Process.send_signal would look for the exit status and take it from asyncio's watcher."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 @asynccontextmanager
-async def running_workers(
+async def launched_workers(
     settings: Settings, sock: socket.socket, hurry: asyncio.Event
 ) -> AsyncIterator[Workers]:
-    """Workers that serve as long as the context is open; drained at its end."""
+    """Processes that are ready for `start`; whoever starts them stops them before the stores."""
     metrics_dir = tempfile.mkdtemp(prefix="farebox-") if settings.server.workers > 1 else ""
     workers = Workers(settings, sock, metrics_dir)
     try:
         try:
-            await workers.start()
+            await workers.launch()
             yield workers
         finally:
             await workers.stop(hurry)

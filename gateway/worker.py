@@ -10,32 +10,39 @@ import os
 import resource
 import socket
 import sys
+from types import TracebackType
 
 from billing.errors import BillingError
 from gateway.log import set_up_logging
-from gateway.supervisor import READY, decode_settings
+from gateway.supervisor import METRICS_DIR, READY, decode_settings
 
 log = logging.getLogger("gateway.worker")
 
 
 def main() -> int:
     """Serve until told to stop. Exit code 1 when the worker could not start."""
-    settings = decode_settings(sys.stdin.buffer.read())
-    set_up_logging(settings.log)
-    raise_file_limit()
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    # Most of a start: done while the parent starts the stores, whose addresses come on stdin.
     import uvloop
 
     from gateway.server import run_worker
 
+    settings = decode_settings(sys.stdin.buffer.read())
+    set_up_logging(settings.log)
+    sys.excepthook = log_crash
+    raise_file_limit()
+    sock = socket.socket(fileno=int(sys.argv[1]))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
-            runner.run(run_worker(settings, sock, say_ready, metrics_dir))
+            runner.run(run_worker(settings, sock, say_ready, os.environ.get(METRICS_DIR, "")))
     except BillingError as exc:
         log.critical("worker.failed", extra={"error": str(exc), "cause": repr(exc.__cause__)})
         return 1
     return 0
+
+
+def log_crash(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    """What nobody caught goes where everything else is told."""
+    log.critical("worker.crashed", exc_info=(kind, exc, trace))
 
 
 def say_ready() -> None:

@@ -44,6 +44,9 @@ class KeyTerms(msgspec.Struct, frozen=True, kw_only=True):
     open_requests_max: int | None = None
 
 
+ACQUIRE_TIMEOUT_S = 5
+
+
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
     try:
@@ -65,8 +68,9 @@ WHERE k.digest = ANY ($1::bytea[]) AND k.status = 'active'
 
 async def find_principals(pool: Pool, digests: Sequence[bytes]) -> list[Principal]:
     """The principals of active keys with one of these digests."""
-    async with _translated():
-        rows = await pool.fetch(SELECT_PRINCIPALS, list(digests))
+    # pool.fetch() would wait for a free connection for ever.
+    async with _translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+        rows = await conn.fetch(SELECT_PRINCIPALS, list(digests))
     return [
         Principal(
             account_id=row["billing_account_id"],
@@ -91,8 +95,8 @@ WHERE digest = ANY ($1::bytea[]) AND revoked_at IS NULL
 
 async def is_operator(pool: Pool, digests: Sequence[bytes]) -> bool:
     """True when one of these digests is that of a valid operator key."""
-    async with _translated():
-        return await pool.fetchval(SELECT_OPERATOR, list(digests)) is not None
+    async with _translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+        return await conn.fetchval(SELECT_OPERATOR, list(digests)) is not None
 
 
 INSERT_VIRTUAL_KEY = "INSERT INTO virtual_keys (id, billing_account_id) VALUES ($1, $2)"
@@ -124,12 +128,13 @@ async def create_key(
         terms.expires_at,
         terms.open_requests_max,
     )
-    try:
-        async with conn.transaction():
-            await conn.execute(INSERT_VIRTUAL_KEY, virtual_key_id, account_id)
-            await conn.execute(INSERT_KEY, *values)
-    except asyncpg.ForeignKeyViolationError as exc:
-        raise KeyNotFound from exc
+    async with _translated():
+        try:
+            async with conn.transaction():
+                await conn.execute(INSERT_VIRTUAL_KEY, virtual_key_id, account_id)
+                await conn.execute(INSERT_KEY, *values)
+        except asyncpg.ForeignKeyViolationError as exc:
+            raise KeyNotFound from exc
     return key_id, new
 
 

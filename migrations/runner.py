@@ -10,6 +10,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 import asyncpg
 
@@ -37,10 +38,10 @@ class Migration:
         return hashlib.sha256(self.sql.encode()).hexdigest()
 
 
-def read_migrations() -> list[Migration]:
+def read_migrations(folder: Traversable | None = None) -> list[Migration]:
     """All migrations in order. Raises MigrationError when numbers repeat or leave a gap."""
     found = []
-    for entry in (resources.files("migrations") / "sql").iterdir():
+    for entry in (folder or resources.files("migrations") / "sql").iterdir():
         if match := FILE_NAME.match(entry.name):
             found.append(Migration(int(match[1]), entry.name, entry.read_text("utf-8")))
     found.sort(key=lambda m: m.number)
@@ -60,26 +61,26 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 SELECT_HISTORY = "SELECT number, name, checksum FROM schema_migrations ORDER BY number"
 INSERT_HISTORY = "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)"
 LOCK = "SELECT pg_advisory_lock($1)"
-UNLOCK = "SELECT pg_advisory_unlock($1)"
 HAS_HISTORY = "SELECT to_regclass('schema_migrations') IS NOT NULL"
 
 
 async def migrate(url: str, migrations: list[Migration] | None = None) -> list[str]:
     """Bring the database at url up to date; returns the names applied now (none: a no-op).
 
-    Raises MigrationError when an applied file was changed since, or when the database was
-    migrated by a newer release.
+    Raises MigrationError when an applied file was changed since, when the database was migrated
+    by a newer release, or when Postgres refuses something; OSError when it cannot be reached.
     """
     wanted = read_migrations() if migrations is None else migrations
-    conn = await asyncpg.connect(url, timeout=10, command_timeout=300)
     try:
-        await conn.execute(LOCK, ADVISORY_LOCK)
+        conn = await asyncpg.connect(url, timeout=10, command_timeout=300)
         try:
+            # The end of the connection gives the lock back, however it ends.
+            await conn.execute(LOCK, ADVISORY_LOCK)
             return await _apply_missing(conn, wanted)
         finally:
-            await conn.execute(UNLOCK, ADVISORY_LOCK)
-    finally:
-        await conn.close(timeout=10)
+            await conn.close(timeout=10)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        raise MigrationError(f"the database cannot be migrated: {exc}") from exc
 
 
 async def pending(conn: Connection) -> list[str]:
@@ -98,6 +99,8 @@ def _missing(wanted: list[Migration], applied: list[asyncpg.Record]) -> list[Mig
             "run the newer release"
         )
     for migration, row in zip(wanted, applied, strict=False):
+        if row["number"] != migration.number:
+            raise MigrationError(f"the database's history has no {migration.name}, but later ones")
         if row["checksum"] != migration.checksum:
             raise MigrationError(
                 f"{migration.name} was changed after it was applied: write a new file instead"
@@ -111,7 +114,13 @@ async def _apply_missing(conn: asyncpg.Connection, wanted: list[Migration]) -> l
     # Waiting for a lock would queue every other query behind us: give up and be run again.
     await conn.execute(LOCK_TIMEOUT)
     for migration in missing:
-        async with conn.transaction():
-            await conn.execute(migration.sql)
-            await conn.execute(INSERT_HISTORY, migration.number, migration.name, migration.checksum)
+        try:
+            async with conn.transaction():
+                await conn.execute(migration.sql)
+                row = (migration.number, migration.name, migration.checksum)
+                await conn.execute(INSERT_HISTORY, *row)
+        except asyncpg.PostgresError as exc:
+            raise MigrationError(
+                f"{migration.name} failed, nothing of it is applied: {exc}"
+            ) from exc
     return [m.name for m in missing]

@@ -19,6 +19,16 @@ from tests.support.upstream.launch import Upstream, running_upstream
 TEMPLATE = "farebox_template"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="slow matrices and loads at full size")
+
+
+@pytest.fixture(scope="session")
+def is_full(request: pytest.FixtureRequest) -> bool:
+    """Whether the whole of what is slow was asked for."""
+    return bool(request.config.getoption("--full"))
+
+
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an empty database of a server whose data may be lost: it only serves this run."""

@@ -1,12 +1,13 @@
-#!lua
+#!lua flags=allow-oom
 -- confirm: the book committed these receipts; take over what it says now.
 -- Absolute state with a version, never a delta: late, lost and repeated calls do no harm.
 -- KEYS  1 outbox   2 leases   3..2+n scopes   then one hold for each receipt
 -- ARGV  1 n   then for each scope: kind, posted nanos, version ('' '': the book said nothing)
 --       then for each receipt: request id, indexes of its scopes ("1,2")
+-- It frees memory, so it runs when memory is short. A request id given twice counts once.
 -- Reply number of outbox entries dropped
 local n = tonumber(ARGV[1])
-local entries = {}
+local entries, seen = {}, {}
 local at = 2 + 3 * n
 local hold = 2 + n
 -- Read and check everything first: a script that fails half way is not rolled back.
@@ -19,7 +20,11 @@ while ARGV[at] do
     if not price then return redis.error_reply('OUTBOX entry without a price') end
   end
   local held = redis.call('HGET', KEYS[hold], 'nanos')
-  entries[#entries + 1] = {ARGV[at], ARGV[at + 1], KEYS[hold], value and price, held and tonumber(held)}
+  if not seen[ARGV[at]] then
+    seen[ARGV[at]] = true
+    entries[#entries + 1] =
+      {ARGV[at], ARGV[at + 1], KEYS[hold], value and price, held and tonumber(held)}
+  end
   at = at + 2
 end
 

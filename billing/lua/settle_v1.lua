@@ -1,6 +1,7 @@
-#!lua
+#!lua flags=allow-oom
 -- settle: end one hold with its real price and put the receipt into the outbox.
 -- Idempotent on the request id while it is in the outbox; after `confirm` the book refuses it.
+-- It ends what was admitted, so it runs when memory is short, too.
 -- KEYS  1 outbox   2 hold   3 leases   4.. scopes
 -- ARGV  1 request id   2 price, nanos   3 outbox entry: "<price> <receipt>"   4.. kind of each scope
 -- Reply {status, available nanos of the account}

@@ -12,11 +12,10 @@ from gateway.cli.context import (
     book_connection,
     common,
     end,
-    load_config,
-    options,
     pepper_of,
     run,
     stores,
+    verb_config,
 )
 
 LIST_MAX = 1000
@@ -75,17 +74,15 @@ def list_accounts(config: Path | None, data_dir: Path | None, as_json: bool) -> 
 def show_account(account: str, config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """One account: what the book says, and what the till holds back."""
 
+    uid = read_uid(account)
+
     async def work() -> dict[str, Any] | None:
-        from billing import history, till_scan
+        from billing import history
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            row = await history.find_account(conn, read_uid(account))
+            row = await history.find_account(conn, uid)
             if row is not None:
-                scope = await till_scan.read_account_scope(urls.till_url, row["id"])
-                held = scope.held if scope is not None else 0
-                uncommitted = scope.uncommitted if scope is not None else 0
-                row["held_nanos"], row["uncommitted_nanos"] = held, uncommitted
-                row["available_nanos"] = row["balance_nanos"] - held - uncommitted
+                row.update(await _held(urls.till_url, uid, row["balance_nanos"]))
             return row
 
     row = run(work())
@@ -93,6 +90,25 @@ def show_account(account: str, config: Path | None, data_dir: Path | None, as_js
         end(1, f"{account}: no such account")
     row = {"billing_account_id": row.pop("id"), **row}
     show.as_json(row) if as_json else show.pairs(row)
+
+
+async def _held(till_url: str, account_id: UUID, balance_nanos: int) -> dict[str, int | None]:
+    """What the till holds back of a balance; None when it does not answer."""
+    from billing import till_scan
+    from billing.errors import TillUnavailable
+
+    try:
+        scope = await till_scan.read_account_scope(till_url, account_id)
+    except TillUnavailable:
+        click.echo("farebox: the till did not answer", err=True)
+        return dict.fromkeys(("held_nanos", "uncommitted_nanos", "available_nanos"))
+    held = scope.held if scope is not None else 0
+    uncommitted = scope.uncommitted if scope is not None else 0
+    return {
+        "held_nanos": held,
+        "uncommitted_nanos": uncommitted,
+        "available_nanos": balance_nanos - held - uncommitted,
+    }
 
 
 @click.group()
@@ -119,6 +135,7 @@ def grant_credits(
         end(2, str(exc))
     if nanos <= 0:
         end(2, "a grant must be more than nothing")
+    uid = read_uid(account)
     reference = rest["reference"] or f"grant_{id_text(new_id())}"
 
     async def work() -> Any:
@@ -126,7 +143,7 @@ def grant_credits(
         from billing.errors import TillUnavailable
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            state = await book.grant(conn, read_uid(account), nanos, reference, rest["note"])
+            state = await book.grant(conn, uid, nanos, reference, rest["note"])
             try:
                 await till_scan.tell_account(urls.till_url, state, await book.read_epoch(conn))
             except TillUnavailable:
@@ -160,7 +177,8 @@ def create_key(
     """Make a key. Its secret is shown now and never again."""
     from keys.store import KeyTerms
 
-    mode = load_config(options(config, data_dir).config).settings.keys.mode
+    uid = read_uid(account)
+    mode = verb_config(config, data_dir).settings.keys.mode
     pepper = pepper_of(config, data_dir)
     terms = KeyTerms(
         name=rest["name"],
@@ -171,9 +189,13 @@ def create_key(
 
     async def work() -> Any:
         from keys import store
+        from keys.errors import KeyNotFound
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            return await store.create_key(conn, read_uid(account), terms, pepper=pepper)
+            try:
+                return await store.create_key(conn, uid, terms, pepper=pepper)
+            except KeyNotFound:
+                end(1, f"{account}: no such account")
 
     key_id, new = run(work())
     row = {"app_key_id": key_id, "name": terms.name, "api_key": new.secret}
@@ -186,11 +208,12 @@ def create_key(
 def list_keys(config: Path | None, data_dir: Path | None, as_json: bool, account: str) -> None:
     """Keys, without their secrets."""
 
+    account_id = read_uid(account) if account else None
+
     async def work() -> Any:
         from keys import store
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            account_id = read_uid(account) if account else None
             return await store.list_keys(conn, account_id, LIST_MAX)
 
     rows = [_key_row(record) for record in run(work())]
@@ -203,6 +226,7 @@ def list_keys(config: Path | None, data_dir: Path | None, as_json: bool, account
 @common
 def revoke_key(key: str, config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Revoke a key for good; it is refused everywhere within 5 seconds."""
+    uid = read_uid(key)
 
     async def work() -> Any:
         from billing import till_scan
@@ -210,7 +234,7 @@ def revoke_key(key: str, config: Path | None, data_dir: Path | None, as_json: bo
         from keys import store
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            record = await store.revoke_key(conn, read_uid(key))
+            record = await store.revoke_key(conn, uid)
             account_id, key_id = record.billing_account_id, record.id
             try:
                 await till_scan.set_key_status(urls.till_url, account_id, key_id, "revoked")

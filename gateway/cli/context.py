@@ -12,7 +12,9 @@ import msgspec
 
 from config.errors import ConfigError
 from config.load import Loaded, load, missing_secrets, weak_secrets
+from config.names import variable
 from config.secret import Secret
+from config.settings import Settings
 
 if TYPE_CHECKING:
     from billing.book import Connection
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 
 EXIT_CONFIG = 78
 DEFAULT_DATA_DIR = ".farebox"
+STORE_SCHEMES = {
+    "book.url": ("postgresql", "postgres"),
+    "till.url": ("redis", "rediss", "valkey", "valkeys"),
+}
+
+DEMO_FILE = "demo.json"
+DEMO_CONFIG = Path(__file__).parents[2] / "config" / "demo.toml"
 
 Command = Callable[..., Any]
 
@@ -60,9 +69,41 @@ def options(config: Path | None, data_dir: Path | None) -> Options:
 def load_config(config: Path | None, overrides: Mapping[str, object] | None = None) -> Loaded:
     """The config; on errors they are printed and the process ends with 78."""
     try:
-        return load(config, os.environ, overrides or {})
+        loaded = load(config, os.environ, overrides or {})
     except ConfigError as exc:
         end(EXIT_CONFIG, *exc.problems)
+    problems = wrong_urls(loaded.settings)
+    if problems:
+        end(EXIT_CONFIG, *problems)
+    return loaded
+
+
+def wrong_urls(settings: Settings) -> list[str]:
+    """What is wrong with the stores' URLs, without showing them: they carry passwords."""
+    urls = {"book.url": settings.book.url.reveal(), "till.url": settings.till.url.reveal()}
+    return [
+        f"{variable(name.split('.'))}: expected {STORE_SCHEMES[name][0]}://user:password@host:port/name"
+        for name, url in urls.items()
+        if url and not _is_url(url, STORE_SCHEMES[name])
+    ]
+
+
+def _is_url(url: str, schemes: Sequence[str]) -> bool:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        # Postgres allows several hosts, each with a port; then there is no one port to read.
+        return parts.scheme in schemes and ("," in parts.netloc or parts.port != 0)
+    except ValueError:
+        return False
+
+
+def verb_config(config: Path | None, data_dir: Path | None) -> Loaded:
+    """The config of a command beside a gateway: by default the demo's, on a demo's data folder."""
+    opts = options(config, data_dir)
+    is_demo = opts.config is None and (opts.data_dir / DEMO_FILE).exists()
+    return load_config(DEMO_CONFIG if is_demo else opts.config)
 
 
 def require_secrets(loaded: Loaded, needs: Sequence[str]) -> None:
@@ -87,31 +128,64 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
     from billing.errors import BillingError
     from gateway.embedded.errors import StoreError
+    from gateway.supervisor import WorkersFailed
     from keys.errors import KeysError
     from migrations.runner import MigrationError
 
     try:
         return asyncio.run(work)
-    except (BillingError, KeysError, StoreError, MigrationError, OSError) as exc:
-        reason = getattr(exc, "reason", "") or str(exc)
-        cause = f" ({exc.__cause__})" if exc.__cause__ is not None else ""
-        end(1, f"{reason}{cause}")
+    except StoreError as exc:
+        end(1, str(exc))
+    except (BillingError, KeysError, MigrationError, WorkersFailed, OSError) as exc:
+        end(1, _why(exc))
+
+
+def _why(exc: Exception) -> str:
+    """One line: what went wrong, and what the store itself said of it."""
+    said = str(exc).partition("\n")[0]
+    detail = getattr(exc, "reason", "") or getattr(exc, "reply", "")
+    if not detail and exc.__cause__ is not None:
+        detail = str(exc.__cause__) or type(exc.__cause__).__name__
+    return f"{said} ({detail})" if detail else said
 
 
 @asynccontextmanager
 async def stores(config: Path | None, data_dir: Path | None) -> AsyncIterator["StoreUrls"]:
-    """Both stores, migrated when they are ours: attached to a running demo, or launched."""
+    """Both stores, migrated when they are ours: attached to a running demo, or launched.
+
+    Raises MigrationError when a database of somebody else's is behind this release.
+    """
     from gateway.embedded.stores import open_stores
+
+    settings = verb_config(config, data_dir).settings
+    book_url, till_url = settings.book.url.reveal(), settings.till.url.reveal()
+    async with open_stores(options(config, data_dir).data_dir, book_url, till_url) as urls:
+        if book_url:
+            await refuse_pending(book_url)
+        else:
+            await migrate_book(urls.book_url)
+        yield urls
+
+
+async def migrate_book(url: str) -> list[str]:
+    """Bring the schema up to date; the names of what was applied. Raises as the book does."""
+    from billing.book import translated
     from migrations.runner import migrate
 
-    opts = options(config, data_dir)
-    settings = load_config(opts.config).settings
-    async with open_stores(
-        opts.data_dir, settings.book.url.reveal(), settings.till.url.reveal()
-    ) as urls:
-        if not settings.book.url:
-            await migrate(urls.book_url)
-        yield urls
+    async with translated():
+        return await migrate(url)
+
+
+async def refuse_pending(url: str) -> None:
+    """Raises MigrationError when the schema is not this release's."""
+    from billing.book import translated
+    from migrations.runner import MigrationError, pending
+
+    async with book_connection(url) as conn, translated():
+        names = await pending(conn)
+    if names:
+        listed = ", ".join(names)
+        raise MigrationError(f"the database is behind this release ({listed}): run farebox migrate")
 
 
 @asynccontextmanager
@@ -128,11 +202,10 @@ async def book_connection(url: str) -> AsyncIterator["Connection"]:
 
 def pepper_of(config: Path | None, data_dir: Path | None) -> bytes:
     """The pepper of API keys: from config, else the one a demo made for this data folder."""
-    opts = options(config, data_dir)
-    loaded = load_config(opts.config)
+    loaded = verb_config(config, data_dir)
     if loaded.settings.keys.pepper:
         return loaded.settings.keys.pepper.reveal().encode()
-    kept = pepper_file(opts.data_dir)
+    kept = pepper_file(options(config, data_dir).data_dir)
     if kept.exists():
         return kept.read_text().strip().encode()
     require_secrets(loaded, ["keys.pepper"])

@@ -3,8 +3,9 @@
 import json
 import os
 import shlex
-from collections.abc import Mapping
-from importlib import resources
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import msgspec
 from config.settings import Settings
 from gateway.cli import show
 from gateway.cli.context import (
+    DEMO_CONFIG,
+    DEMO_FILE,
     book_connection,
     common,
     demo_pepper,
-    end,
     load_config,
+    migrate_book,
     options,
     run,
 )
-from gateway.cli.serve import StopSignals, server_overrides, serving
+from gateway.cli.serve import StopSignals, base_url, server_overrides, serving, take_port
 
 DEMO_CREDITS = "10000"
 DEMO_OPEN_MAX = 1000
@@ -49,12 +52,11 @@ def demo(
     """Real Postgres and Valkey, an account with credits, a key and local models; then serve."""
     opts = options(config, data_dir)
     folder = opts.data_dir.absolute()
-    overrides = server_overrides(flags)
-    with resources.as_file(resources.files("config") / "demo.toml") as demo_config:
-        settings = load_config(opts.config or demo_config, overrides).settings
-    settings = _with_pepper(settings, folder)
-    settings = _with_log_file(settings, folder)
-    run(_demo(settings, folder, ready_file, as_json))
+    settings = load_config(opts.config or DEMO_CONFIG, server_overrides(flags)).settings
+    with take_port(settings.server) as sock:
+        settings = _with_pepper(settings, folder)
+        settings = _with_log_file(settings, folder)
+        run(_demo(settings, folder, sock, ready_file, as_json))
 
 
 def _with_pepper(settings: Settings, folder: Path) -> Settings:
@@ -70,50 +72,63 @@ def _with_log_file(settings: Settings, folder: Path) -> Settings:
     return msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, path=path))
 
 
-async def _demo(settings: Settings, folder: Path, ready_file: Path | None, as_json: bool) -> None:
+async def _demo(
+    settings: Settings,
+    folder: Path,
+    sock: socket.socket,
+    ready_file: Path | None,
+    as_json: bool,
+) -> None:
     from gateway.embedded.stores import open_stores
     from gateway.log import set_up_logging
-    from migrations.runner import migrate
+    from gateway.supervisor import launched_workers
 
     signals = StopSignals()
     set_up_logging(settings.log)
     book_url, till_url = settings.book.url.reveal(), settings.till.url.reveal()
-    async with open_stores(folder, book_url, till_url, own=True) as urls:
-        await migrate(urls.book_url)
+    async with (
+        launched_workers(settings, sock, signals.hurry) as workers,
+        open_stores(folder, book_url, till_url, own=True) as urls,
+    ):
+        await migrate_book(urls.book_url)
         seeded = await _seed(settings, folder, urls.book_url)
-        async with serving(settings, urls, signals) as gateway:
-            facts = {
-                "base_url": f"{gateway.base_url}/v1",
-                **seeded,
-                "pids": {**urls.pids, "demo": os.getpid(), "workers": gateway.workers.pids},
-            }
-            if ready_file is not None:
-                _write_ready(ready_file, facts)
-            if as_json:
-                show.as_json(facts)
-            else:
-                _say(facts, sorted(settings.models))
-            await signals.stop.wait()
-            click.echo("stopping: running requests finish first", err=True)
+        with _ready_file(ready_file) as say_ready:
+            async with serving(settings, urls, workers, signals.hurry):
+                pids = {**urls.pids, "demo": os.getpid(), "workers": workers.pids}
+                facts = {"base_url": base_url(sock), **seeded, "pids": pids}
+                say_ready(facts)
+                if as_json:
+                    show.as_json(facts)
+                else:
+                    _say(facts, sorted(settings.models))
+                await signals.stop.wait()
+                click.echo("stopping: running requests finish first", err=True)
 
 
 async def _seed(settings: Settings, folder: Path, book_url: str) -> dict[str, str]:
     """An account with credits and a key, made once; a second run gives the same again."""
-    kept = folder / "demo.json"
-    async with book_connection(book_url) as conn:
-        from billing import history
-
-        if kept.exists():
-            known: dict[str, str] = json.loads(kept.read_text())
-            from config.ids import read_id
-
-            if await history.find_account(conn, read_id(known["account_id"])) is not None:
-                return known
-        seeded = await _make(settings, conn)
     from gateway.embedded.server import write_secret
 
+    kept = folder / DEMO_FILE
+    async with book_connection(book_url) as conn:
+        if kept.exists():
+            known: dict[str, str] = json.loads(kept.read_text())
+            if await _is_valid(settings, conn, known):
+                return known
+        seeded = await _make(settings, conn)
     write_secret(kept, json.dumps(seeded))
     return seeded
+
+
+async def _is_valid(settings: Settings, conn: Any, known: Mapping[str, str]) -> bool:
+    """False when the key was revoked meanwhile, or this is another database or pepper."""
+    from keys.api_key import digest
+    from keys.store import find_principals, is_operator
+
+    pepper = settings.keys.pepper.reveal().encode()
+    found = await find_principals(conn, [digest(known["api_key"].encode(), pepper)])
+    operator = await is_operator(conn, [digest(known["operator_key"].encode(), pepper)])
+    return bool(found) and operator
 
 
 async def _make(settings: Settings, conn: Any) -> dict[str, str]:
@@ -125,7 +140,7 @@ async def _make(settings: Settings, conn: Any) -> dict[str, str]:
     pepper = settings.keys.pepper.reveal().encode()
     account_id = await book.create_account(conn, "demo", DEMO_OPEN_MAX)
     await book.grant(conn, account_id, read_credits(DEMO_CREDITS), f"demo_{account_id}", "demo")
-    terms = store.KeyTerms(name="demo", kind="test", open_requests_max=DEMO_OPEN_MAX)
+    terms = store.KeyTerms(name="demo", kind=settings.keys.mode, open_requests_max=DEMO_OPEN_MAX)
     _, key = await store.create_key(conn, account_id, terms, pepper=pepper)
     operator = await store.create_operator_key(conn, "demo operator", pepper=pepper)
     return {
@@ -135,15 +150,23 @@ async def _make(settings: Settings, conn: Any) -> dict[str, str]:
     }
 
 
-def _write_ready(path: Path, facts: Mapping[str, object]) -> None:
-    """Whole or not at all: whoever waits for the file reads it at once. It holds a key: 0600."""
+@contextmanager
+def _ready_file(path: Path | None) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Gives what writes the file. It is there only while the demo serves.
+
+    Whole or not at all: whoever waits for it reads it at once. It holds a key: 0600.
+    """
     from gateway.embedded.server import write_secret
 
+    if path is None:
+        yield lambda _: None
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_secret(path, json.dumps(facts))
-    except OSError as exc:
-        end(1, f"--ready-file {path}: {exc.strerror}")
+        path.unlink(missing_ok=True)
+        yield lambda facts: write_secret(path, json.dumps(facts))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _say(facts: Mapping[str, Any], models: list[str]) -> None:

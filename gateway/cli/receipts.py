@@ -37,12 +37,13 @@ def list_receipts(
 ) -> None:
     """Newest first."""
 
+    account_id = read_uid(account) if account else None
+    before = read_uid(rest["before"]) if rest["before"] else None
+
     async def work() -> list[dict[str, Any]]:
         from billing import history
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            account_id = read_uid(account) if account else None
-            before = read_uid(rest["before"]) if rest["before"] else None
             return await history.list_receipts(conn, account_id, before, rest["limit"])
 
     rows = run(work())
@@ -54,11 +55,11 @@ def list_receipts(
 @common
 def show_receipt(receipt: str, config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Everything about one receipt, with its ledger row."""
+    uid = read_uid(receipt)
 
     async def work() -> Any:
         from billing import history
 
-        uid = read_uid(receipt)
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
             return await history.find_receipt(conn, uid), await history.find_ledger_row(conn, uid)
 

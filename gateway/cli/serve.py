@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,19 +12,21 @@ import click
 import msgspec
 
 from config.secret import Secret
-from config.settings import Settings
+from config.settings import Server, Settings
 from gateway.cli import show
 from gateway.cli.context import (
     book_connection,
     common,
     end,
     load_config,
+    migrate_book,
     options,
+    refuse_pending,
     require_secrets,
     run,
-    stores,
+    verb_config,
 )
-from gateway.cli.settings import SERVE_NEEDS
+from gateway.cli.settings import serve_needs
 
 if TYPE_CHECKING:
     from gateway.embedded.stores import StoreUrls
@@ -44,33 +47,40 @@ class StopSignals:
         (self.hurry if self.stop.is_set() else self.stop).set()
 
 
-class Serving(msgspec.Struct, frozen=True):
-    """A gateway that answers."""
+def take_port(server: Server) -> socket.socket:
+    """The listening socket; ends the process with a clear word when it cannot be had."""
+    from gateway.supervisor import listen
 
-    base_url: str
-    workers: "Workers"
+    try:
+        return listen(server.host, server.port)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        end(1, f"cannot listen on {server.host}:{server.port}: {reason} (choose another: --port)")
 
 
 @asynccontextmanager
 async def serving(
-    settings: Settings, urls: "StoreUrls", signals: StopSignals
-) -> AsyncIterator[Serving]:
-    """Workers on the configured address, with these stores, as long as the context is open."""
+    settings: Settings, urls: "StoreUrls", workers: "Workers", hurry: asyncio.Event
+) -> AsyncIterator[None]:
+    """The workers serve, with these stores, as long as the context is open; drained at its end."""
     from billing.prices_store import sync_config_prices
     from gateway.catalog import config_rates
-    from gateway.supervisor import listen, running_workers
 
     settings = with_stores(settings, urls)
     async with book_connection(urls.book_url) as conn:
         await sync_config_prices(conn, config_rates(settings))
-    sock = listen(settings.server.host, settings.server.port)
     try:
-        host, port = sock.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        async with running_workers(settings, sock, signals.hurry) as workers:
-            yield Serving(f"http://{shown}:{port}", workers)
+        await workers.start(settings)
+        yield
     finally:
-        sock.close()
+        await workers.stop(hurry)
+
+
+def base_url(sock: socket.socket) -> str:
+    """Where this machine reaches the socket."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every interface
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def with_stores(settings: Settings, urls: "StoreUrls") -> Settings:
@@ -90,41 +100,36 @@ def serve(config: Path | None, data_dir: Path | None, as_json: bool, **flags: ob
 
     opts = options(config, data_dir)
     loaded = load_config(opts.config, server_overrides(flags))
-    require_secrets(loaded, SERVE_NEEDS)
+    require_secrets(loaded, serve_needs(loaded.settings))
     settings = loaded.settings
     set_up_logging(settings.log)
 
-    async def work() -> None:
+    async def work(sock: socket.socket) -> None:
         from gateway.embedded.stores import open_stores
-        from migrations.runner import migrate
+        from gateway.supervisor import launched_workers
 
         signals = StopSignals()
         book_url, till_url = settings.book.url.reveal(), settings.till.url.reveal()
-        async with open_stores(opts.data_dir, book_url, till_url, own=True) as urls:
+        async with (
+            launched_workers(settings, sock, signals.hurry) as workers,
+            open_stores(opts.data_dir, book_url, till_url, own=True) as urls,
+        ):
             if book_url:
-                await _refuse_pending(urls.book_url)
+                await refuse_pending(book_url)
             else:
-                await migrate(urls.book_url)
-            async with serving(settings, urls, signals) as gateway:
-                facts = {"base_url": f"{gateway.base_url}/v1", "workers": gateway.workers.pids}
+                await migrate_book(urls.book_url)
+            facts = {"base_url": base_url(sock), "workers": workers.pids}
+            async with serving(settings, urls, workers, signals.hurry):
                 show.as_json(facts) if as_json else click.echo(f"serving on {facts['base_url']}")
                 await signals.stop.wait()
 
-    run(work())
+    with take_port(settings.server) as sock:
+        run(work(sock))
 
 
 def server_overrides(flags: Mapping[str, object]) -> dict[str, object]:
     """Flags of the server section that were given."""
     return {f"server.{name}": value for name, value in flags.items() if value is not None}
-
-
-async def _refuse_pending(url: str) -> None:
-    from migrations.runner import pending
-
-    async with book_connection(url) as conn:
-        names = await pending(conn)
-    if names:
-        end(1, f"the database is behind this release ({', '.join(names)}): run farebox migrate")
 
 
 @click.command()
@@ -133,13 +138,16 @@ def migrate(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Bring the database's schema up to this release."""
 
     async def work() -> list[str]:
-        from migrations import runner
+        from gateway.embedded.stores import open_stores
 
-        settings = load_config(options(config, data_dir).config).settings
-        if settings.book.url:
-            return await runner.migrate(settings.book.url.reveal())
-        async with stores(config, data_dir) as urls:
-            return await runner.migrate(urls.book_url)
+        url = settings.book.url.reveal()
+        if url:
+            return await migrate_book(url)
+        async with open_stores(opts.data_dir, "", settings.till.url.reveal()) as urls:
+            return await migrate_book(urls.book_url)
+
+    opts = options(config, data_dir)
+    settings = verb_config(config, data_dir).settings
 
     applied = run(work())
     if as_json:

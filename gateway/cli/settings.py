@@ -5,10 +5,18 @@ from pathlib import Path
 import click
 
 from config.load import describe
+from config.settings import Settings
 from gateway.cli import show
 from gateway.cli.context import common, load_config, options, require_secrets
 
-SERVE_NEEDS = ("keys.pepper",)
+
+def serve_needs(settings: Settings) -> list[str]:
+    """The secrets without which `serve` cannot start.
+
+    A provider in one's own network may do without a key; one that is reached by TLS does not.
+    """
+    remote = (n for n, p in settings.providers.items() if p.base_url.startswith("https:"))
+    return ["keys.pepper", *(f"providers.{name}.key" for name in remote)]
 
 
 @click.command()
@@ -16,7 +24,7 @@ SERVE_NEEDS = ("keys.pepper",)
 def check(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Check the config without starting anything; exit 78 when `serve` could not start with it."""
     loaded = load_config(options(config, data_dir).config)
-    require_secrets(loaded, SERVE_NEEDS)
+    require_secrets(loaded, serve_needs(loaded.settings))
     facts = {
         "ok": True,
         "providers": len(loaded.settings.providers),

@@ -1,7 +1,8 @@
 """Tables for people, JSON for programs."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,9 @@ import msgspec
 
 from billing.money import credits_text, usd_text
 from config.ids import id_text
+from config.names import readable
 
+PIPE_WIDTH = 400
 PREFIXES = {
     "request_id": "rcpt_",
     "billing_account_id": "acct_",
@@ -26,19 +29,32 @@ def as_json(value: object) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table on a terminal; on a pipe the same with no width limit."""
+    """A table on a terminal; on a pipe the same with no width limit. Money is in credits."""
     from rich.console import Console
     from rich.table import Table
 
     out = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        out.add_column(column, no_wrap=True, justify="right" if is_number(column) else "left")
+        # Ids are there to be copied: they are never folded, and nothing is ever cut.
+        out.add_column(
+            column.replace("_nanos", "_credits"),
+            no_wrap=column.endswith("_id"),
+            overflow="fold",
+            justify="right" if is_number(column) else "left",
+        )
     for row in rows:
-        out.add_row(*(text(column, row[column]) for column in columns))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=400)
-    console.print(out)
+        out.add_row(*(_cell(column, row[column]) for column in columns))
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    # Labels are other people's text: no markup, no emoji names, no colours by content.
+    Console(width=width, markup=False, emoji=False, highlight=False).print(out)
+
+
+def _cell(column: str, value: object) -> str:
+    if column.endswith("_nanos") and isinstance(value, int):
+        return credits_text(value)
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return text(column, value)
 
 
 def pairs(row: Mapping[str, Any]) -> None:
@@ -58,7 +74,7 @@ def text(column: str, value: object) -> str:
         return "-"
     if column.endswith("_nanos") and isinstance(value, int):
         return f"{value} ({credits_text(value)} credits, ${usd_text(value)})"
-    return str(_scalar(column, value))
+    return readable(str(_scalar(column, value)))
 
 
 def _plain(value: object) -> object:

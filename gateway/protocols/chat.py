@@ -28,12 +28,15 @@ BILLED_KEYS = (
     "max_completion_tokens",
     "n",
     "messages",
+    "prediction",
+    "modalities",
+    "service_tier",
 )
-_QUOTED = tuple((key, b'"%b"' % key.encode()) for key in BILLED_KEYS)
-# An ASCII letter written as an escape: nobody's encoder does that but to hide a key.
-_HIDDEN_ASCII = re.compile(rb"\\u00[2-7]", re.ASCII)
+# A letter, digit or underscore written as an escape: no encoder does that but to hide a key.
+_HIDDEN_ASCII = re.compile(rb"\\u00(3[0-9]|[46][1-9A-Fa-f]|5[0-9AaFf]|7[0-9Aa])")
 
-# They choose the model, the price or the credential, which are ours to choose.
+# They choose the model, the price or the credential, which are ours to choose. LiteLLM takes
+# prices and headers from the body: https://docs.litellm.ai/docs/completion/input
 ROUTING_KEYS = frozenset(
     {
         "models",
@@ -49,15 +52,26 @@ ROUTING_KEYS = frozenset(
         "model_list",
         "user_config",
         "mock_response",
+        "model_info",
+        "litellm_params",
+        "extra_body",
+        "extra_headers",
+        "input_cost_per_token",
+        "output_cost_per_token",
+        "input_cost_per_second",
+        "output_cost_per_second",
     }
 )
 # They cost money beyond tokens, and no price for them is in the book.
-UNPRICED_KEYS = frozenset(["web_search_options", "plugins"])
+UNPRICED_KEYS = frozenset(["web_search_options", "plugins", "search_parameters", "enable_search"])
+_QUOTED = tuple((key, b'"%b"' % key.encode()) for key in (*BILLED_KEYS, *sorted(UNPRICED_KEYS)))
+_GUARDED = ROUTING_KEYS | UNPRICED_KEYS | frozenset(BILLED_KEYS)
 TIERS_AT_LIST_PRICE = frozenset({b'"auto"', b'"default"', b"null"})
 
 _top = msgspec.json.Decoder(dict[str, Raw])
 _text = msgspec.json.Decoder(str)
 _options = msgspec.json.Decoder(dict[str, Raw])
+_modalities = msgspec.json.Decoder(list[str] | None)
 _INTEGER = re.compile(rb"\d{1,9}")
 
 
@@ -77,6 +91,8 @@ _part = msgspec.json.Decoder(_Part)
 def read_facts(body: bytes) -> CallFacts:
     """The facts of a request. Raises ApiError 400, naming the parameter."""
     try:
+        if not body.isascii():
+            body.decode()  # the decoder looks only at what it reads; later steps rely on UTF-8
         fields = _top.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise invalid(f"The body is no valid JSON object: {exc}.") from exc
@@ -89,6 +105,7 @@ def read_facts(body: bytes) -> CallFacts:
     return CallFacts(
         model=_model(fields),
         stream=_flag(fields, "stream"),
+        stream_options=options,
         wants_usage=options.get("include_usage") == Raw(b"true"),
         text_bytes=len(body) - image_bytes,
         image_parts=image_parts,
@@ -96,8 +113,8 @@ def read_facts(body: bytes) -> CallFacts:
         # Tokens of a rejected prediction are billed as output.
         extra_output_tokens=len(bytes(fields.get("prediction", b""))),
         choices=_choices(fields),
-        audio_output=b'"audio"' in bytes(fields.get("modalities", b"")),
-        ambiguous=hidden or any(body.count(q) != (key in fields) for key, q in _QUOTED),
+        audio_output=_wants_audio(fields),
+        ambiguous=hidden or _has_doubles(body, fields),
         fields=fields,
         body=body,
     )
@@ -109,13 +126,13 @@ def upstream_body(facts: CallFacts, upstream_model: str) -> bytes:
     Values keep their bytes; usage is always asked for in streams; when a billed key was ambiguous
     the body is written from what we read, so that the provider reads the same.
     """
-    ask_usage = facts.stream and not facts.wants_usage
+    ask_usage = facts.stream and (facts.ambiguous or not facts.wants_usage)
     if not (ask_usage or facts.ambiguous or upstream_model != facts.model):
         return facts.body
     fields = dict(facts.fields)
     fields["model"] = Raw(msgspec.json.encode(upstream_model))
     if ask_usage:
-        options = _stream_options(fields) | {"include_usage": Raw(b"true")}
+        options = facts.stream_options | {"include_usage": Raw(b"true")}
         fields["stream_options"] = Raw(msgspec.json.encode(options))
     return msgspec.json.encode(fields)
 
@@ -125,8 +142,13 @@ def prompt_text(facts: CallFacts) -> str:
     texts: list[str] = []
     for key in ("messages", "tools", "functions", "response_format"):
         raw = facts.fields.get(key)
-        if raw is not None:
+        if raw is None:
+            continue
+        try:
             _collect_text(msgspec.json.decode(raw), texts)
+        except (msgspec.DecodeError, RecursionError):
+            # Numbers out of range, or nested too deep: what it is made of is counted as it stands.
+            texts.append(bytes(raw).decode())
     return "\n".join(texts)
 
 
@@ -136,7 +158,7 @@ def _collect_text(value: object, texts: list[str]) -> None:
         item = pending.pop()
         if isinstance(item, str):
             # A data URL is an image, not text; its price is the model's fixed bound.
-            if not item.startswith("data:"):
+            if not (item.startswith("data:") and ";base64," in item[:256]):
                 texts.append(item)
         elif isinstance(item, dict):
             pending.extend(item.values())
@@ -145,16 +167,28 @@ def _collect_text(value: object, texts: list[str]) -> None:
             pending.extend(item)
 
 
+def _has_doubles(body: bytes, fields: dict[str, Raw]) -> bool:
+    """True when a key that costs money may be there twice (or its name is used elsewhere, too)."""
+    if any(body.count(quoted) != 1 for key, quoted in _QUOTED if key in fields):
+        return True
+    return "stream_options" in fields and body.count(b'"include_usage"') > 1
+
+
 def _refuse_keys(fields: dict[str, Raw]) -> None:
+    for key in fields:
+        # Go's decoder takes MAX_TOKENS for max_tokens.
+        folded = key.casefold()
+        if folded != key and folded in _GUARDED:
+            raise invalid(f"'{key[:64]}' must be written '{folded}'.", folded)
     for key in ROUTING_KEYS & fields.keys():
         raise invalid(f"'{key}' is not supported here.", key, "unsupported_parameter")
     for key in UNPRICED_KEYS & fields.keys():
-        if bytes(fields[key]) != b"null":
+        if bytes(fields[key]) not in {b"null", b"false"}:
             raise invalid(f"'{key}' costs money and has no price.", key, "unpriced_parameter")
     tier = fields.get("service_tier")
     if tier is not None and bytes(tier) not in TIERS_AT_LIST_PRICE:
         key = "service_tier"
-        raise invalid(f"{key} {bytes(tier)!r} has no price here.", key, "unpriced_parameter")
+        raise invalid(f"This '{key}' has no price here.", key, "unpriced_parameter")
 
 
 def _model(fields: dict[str, Raw]) -> str:
@@ -203,6 +237,13 @@ def _stream_options(fields: dict[str, Raw]) -> dict[str, Raw]:
         raise invalid("'stream_options' must be an object.", "stream_options") from exc
 
 
+def _wants_audio(fields: dict[str, Raw]) -> bool:
+    try:
+        return "audio" in (_modalities.decode(fields.get("modalities", b"null")) or ())
+    except msgspec.DecodeError as exc:
+        raise invalid("'modalities' must be a list of strings.", "modalities") from exc
+
+
 def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
     """(image parts, their bytes). Only text and images have a price; other parts are refused."""
     raw = fields.get("messages")
@@ -210,7 +251,7 @@ def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
         return 0, 0
     try:
         messages = _messages.decode(raw)
-        parts = [part for content in _part_lists(messages) for part in _parts.decode(content)]
+        parts = list(_content_parts(messages))
         kinds = [(_part.decode(part).type, len(bytes(part))) for part in parts]
     except (msgspec.DecodeError, RecursionError) as exc:
         raise invalid(f"'messages' is malformed: {exc}.", "messages") from exc
@@ -222,9 +263,14 @@ def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
     return len(images), sum(images)
 
 
-def _part_lists(messages: list[_Message]) -> Iterable[Raw]:
+def _content_parts(messages: list[_Message]) -> Iterable[Raw]:
     for message in messages:
-        if isinstance(message.content, Raw) and bytes(message.content)[:1] == b"[":
+        if not isinstance(message.content, Raw):
+            continue
+        first = bytes(message.content)[:1]
+        if first == b"[":
+            yield from _parts.decode(message.content)
+        elif first == b"{":  # not in the specification, but some servers take a single part
             yield message.content
 
 

@@ -15,6 +15,8 @@ from billing.usage import Usage
 from gateway.protocols.facts import UsageReport
 
 _NULL = b"null"
+# Strings beside the text of a choice.
+_NOT_SAID = frozenset(["id", "role", "type", "finish_reason", "logprobs"])
 
 
 class _Details(msgspec.Struct):
@@ -88,6 +90,7 @@ _answer = msgspec.json.Decoder(Answer)
 _usage = msgspec.json.Decoder(_Usage)
 _cost = msgspec.json.Decoder(_Cost)
 _said = msgspec.json.Decoder(_Text)
+_fields = msgspec.json.Decoder(dict[str, Raw])
 _string = msgspec.json.Decoder(str)
 
 
@@ -115,7 +118,7 @@ def read_usage(raw: Raw) -> UsageReport:
 def _read_counts(raw: Raw) -> Usage | None:
     try:
         counts = _usage.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
     prompt = counts.prompt_tokens_details or _Details()
     completion = counts.completion_tokens_details or _Details()
@@ -148,11 +151,11 @@ def usage_for_client(raw: Raw, price_nanos: int, receipt_id: str) -> bytes:
     `cost` is a JSON number, as OpenRouter's clients want it; what the provider billed is not told.
     """
     try:
-        fields = msgspec.json.decode(raw, type=dict[str, Raw])
-    except msgspec.DecodeError:
-        fields = {}
-    for key in ("cost", "cost_details", "is_byok"):
-        fields.pop(key, None)
+        told = _fields.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        told = {}
+    # cost, cost_details, estimated_cost, total_cost, ...: every provider has a name of its own.
+    fields = {k: v for k, v in told.items() if "cost" not in k.lower() and k != "is_byok"}
     fields["cost"] = Raw(usd_text(price_nanos).encode())
     fields["cost_nanos"] = Raw(b"%d" % price_nanos)
     fields["receipt_id"] = Raw(msgspec.json.encode(receipt_id))
@@ -172,14 +175,22 @@ def usage_object(usage: Usage) -> Raw:
     )
 
 
-def replace_usage(data: bytes, raw: Raw, new: bytes) -> bytes:
-    """data with its usage object exchanged; every other byte stays."""
-    old = bytes(raw)
-    at = data.find(old, max(data.rfind(b'"usage"'), 0))
-    if at < 0:  # the key was written with escapes
-        at = data.rfind(old)
-    assert at >= 0
-    return data[:at] + new + data[at + len(old) :]
+def with_usage(data: bytes, answer: Answer, new: bytes) -> bytes:
+    """JSON with its usage object exchanged or added; every other byte stays where it can.
+
+    Where it cannot (the key is there twice, written with escapes, or missing), the values stay.
+    """
+    if answer.has_usage and data.count(b'"usage"') == 1:
+        old = bytes(answer.usage)
+        at = data.find(old, data.find(b'"usage"'))
+        if at >= 0:
+            return data[:at] + new + data[at + len(old) :]
+    try:
+        fields = _fields.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return data  # a key that is no text, or nested to the edge of what can be read
+    fields["usage"] = Raw(new)
+    return msgspec.json.encode(fields)
 
 
 def texts_in(data: bytes) -> Iterator[str]:
@@ -187,6 +198,7 @@ def texts_in(data: bytes) -> Iterator[str]:
     try:
         choices = _said.decode(data).choices or []
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        yield from _texts_anyhow(data)
         return
     for choice in choices:
         said = choice.delta or choice.message
@@ -202,3 +214,20 @@ def _texts_said(said: _Said) -> Iterator[str]:
     for function in calls:
         if function is not None:
             yield from (text for text in (function.name, function.arguments) if text)
+
+
+def _texts_anyhow(data: bytes) -> Iterator[str]:
+    """All strings below `choices`, when they have another shape (Mistral's lists of parts)."""
+    try:
+        pending = [msgspec.json.decode(_answer.decode(data).choices)]
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            told = {k: v for k, v in value.items() if k not in _NOT_SAID}
+            pending.extend(reversed(told.values()))
+        elif isinstance(value, list):
+            pending.extend(reversed(value))

@@ -13,6 +13,7 @@ class CallFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     stream: bool
+    stream_options: dict[str, Raw]
     wants_usage: bool
     text_bytes: int
     image_parts: int

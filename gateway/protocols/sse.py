@@ -10,7 +10,7 @@ KEEPALIVE = b": keepalive\n\n"
 
 
 def complete_length(data: bytes) -> int:
-    """How many bytes of data are complete frames."""
+    """How many bytes of data are complete frames, with the empty lines after them."""
     if data.endswith(b"\n\n"):
         return len(data)
     lf = data.rfind(b"\n\n")
@@ -19,18 +19,23 @@ def complete_length(data: bytes) -> int:
     return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
 
 
+def first_end(data: bytes, start: int) -> int:
+    """Where the first frame that ends after start ends; -1 when none does."""
+    lf = data.find(b"\n\n", start)
+    crlf = data.find(b"\n\r\n", start, lf + 1 if lf >= 0 else len(data))
+    if crlf >= 0:
+        return crlf + 3
+    return lf + 2 if lf >= 0 else -1
+
+
 def split_frames(complete: bytes) -> list[bytes]:
-    """Complete frames, each with its empty line."""
+    """Complete frames, each with its empty line; further empty lines are frames without data."""
     frames = []
     start = 0
     while start < len(complete):
-        lf = complete.find(b"\n\n", start)
-        crlf = complete.find(b"\n\r\n", start)
-        if crlf >= 0 and (lf < 0 or crlf < lf):
-            end = crlf + 3
-        else:
-            assert lf >= 0
-            end = lf + 2
+        end = first_end(complete, start)
+        if end < 0:  # an empty line too many
+            end = len(complete)
         frames.append(complete[start:end])
         start = end
     return frames
@@ -45,6 +50,17 @@ def payload_of(frame: bytes) -> bytes:
         if line.startswith(b"data:"):
             lines.append(line[5:].removeprefix(b" "))
     return b"\n".join(lines)
+
+
+def with_payload(frame: bytes, old: bytes, new: bytes) -> bytes:
+    """The frame with other data; new takes the place of old, which was `payload_of(frame)`."""
+    if old in frame:
+        return frame.replace(old, new, 1)
+    # The data came in several lines.
+    lines = frame.replace(b"\r\n", b"\n").rstrip(b"\n").split(b"\n")
+    kept = [line for line in lines if not line.startswith(b"data:")]
+    data = [b"data: " + line for line in new.splitlines()]
+    return b"\n".join([*kept, *data]) + b"\n\n"
 
 
 def may_matter(complete: bytes) -> bool:

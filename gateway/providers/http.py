@@ -11,7 +11,7 @@ import aiohttp
 
 from gateway.providers.upstream import UpstreamFailed
 
-# A gzip bomb must not outgrow what a body may be.
+# A gzip bomb is inflated piece by piece, so that the relay's bounds apply.
 DECODED_CHUNK_MAX = 1024 * 1024
 READ_BUFFER_BYTES = 256 * 1024
 # A refused or unresolved connection carried nothing; after it was made, anything may have arrived.
@@ -33,25 +33,28 @@ class HttpReply:
         self._inflate = zlib.decompressobj(47) if encoding in {"gzip", "deflate"} else None
 
     async def read(self) -> bytes:
+        inflate = self._inflate
         try:
+            if inflate is not None and inflate.unconsumed_tail:
+                return self._inflated(inflate.unconsumed_tail)
             while chunk := await self._content.readany():
-                data = chunk if self._inflate is None else self._inflated(chunk)
+                data = chunk if inflate is None else self._inflated(chunk)
                 if data:
                     return data
-        except (aiohttp.ClientError, OSError) as exc:
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as exc:
             reason = f"the answer broke off: {type(exc).__name__}"
             raise UpstreamFailed(reason, may_have_billed=True) from exc
+        if inflate is not None and not inflate.eof:
+            raise UpstreamFailed("the compressed answer broke off", may_have_billed=True)
         return b""
 
     def _inflated(self, chunk: bytes) -> bytes:
+        """At most DECODED_CHUNK_MAX bytes of it; the rest waits in `unconsumed_tail`."""
         assert self._inflate is not None
         try:
-            data = self._inflate.decompress(chunk, DECODED_CHUNK_MAX)
+            return self._inflate.decompress(chunk, DECODED_CHUNK_MAX)
         except zlib.error as exc:
             raise UpstreamFailed("the answer is badly compressed", may_have_billed=True) from exc
-        if self._inflate.unconsumed_tail:
-            raise UpstreamFailed("the answer inflates too far", may_have_billed=True)
-        return data
 
     def close(self) -> None:
         if self._content.at_eof():

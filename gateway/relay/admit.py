@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from billing.errors import ReceiptsPending, TillRefused, TillUnavailable
+from billing.errors import AccountUnknown, BookUnavailable, ReceiptsPending, Refusal
 from billing.prices import Rates
 from billing.quote import CallSize, hold_for, input_ceiling
 from billing.receipts import Outcome, encode_receipt
@@ -13,19 +13,8 @@ from gateway.relay.call import Arrival, Call, Caller, ModelRoute
 from gateway.services import Services
 
 
-class MaybeAdmitted(Exception):
-    """The till did not say whether it took the hold: end it as if it had."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-
-async def admit(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
-    """An admitted call whose hold is in the till.
-
-    Raises ApiError, a billing refusal, or MaybeAdmitted.
-    """
+def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
+    """The call that these facts ask for, with the size of its hold. Raises ApiError."""
     route = services.catalog.find(facts.model)
     if route is None:
         raise unknown_model(facts.model, services.catalog.nearest(facts.model))
@@ -37,13 +26,21 @@ async def admit(services: Services, arrival: Arrival, caller: Caller, facts: Cal
         raise unavailable("The gateway is busy.")
     call = Call(arrival, caller, facts, route, services.prices.at(route.model, datetime.now(UTC)))
     _size_hold(call, services.settings.billing.unpriced == "free")
-    draft = encode_receipt(call.new_receipt(Outcome.RECOVERED))
-    try:
-        await services.till.admit(caller.scopes, call.request_id, call.hold_nanos, draft)
-    except (TillUnavailable, TillRefused) as exc:
-        raise MaybeAdmitted(call) from exc
-    call.is_open = True
     return call
+
+
+async def admit(services: Services, call: Call) -> None:
+    """Place the hold. Raises a BillingError; the call is then open if the till may have the hold.
+
+    An open call must be ended, whatever the till said or did not say.
+    """
+    draft = encode_receipt(call.new_receipt(Outcome.RECOVERED))
+    call.is_open = True
+    try:
+        await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
+    except (Refusal, AccountUnknown, BookUnavailable):
+        call.is_open = False
+        raise
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:

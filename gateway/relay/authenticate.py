@@ -24,7 +24,6 @@ from keys.errors import (
     KeyExpired,
     KeyInvalid,
     KeyMalformed,
-    KeysError,
     KeysUnavailable,
 )
 from keys.principal import Principal
@@ -35,17 +34,20 @@ log = logging.getLogger("keys.cache")
 # Half way to its end an answer is looked up again, while callers still get the old one.
 RENEW_AT = 0.6
 STALE_WHEN_BOOK_AWAY_S = 900
+# A caller with an old answer does not wait long for a new one, and not at all while the book is
+# known to be away: with the time to live of an answer this stays below the 5 s of a revocation.
+STALE_WAIT_S, AWAY_S = 0.5, 2.0
+LOOKUP_WAIT_S = 5.0
 LOOKUPS_AT_ONCE = 8
 LOOKUPS_WAITING_MAX = 1000
 
 
 class _Entry:
-    __slots__ = ("caller", "found_at", "renewing")
+    __slots__ = ("caller", "found_at")
 
     def __init__(self, caller: Caller | None, found_at: float) -> None:
         self.caller = caller
         self.found_at = found_at
-        self.renewing = False
 
 
 class Authenticator:
@@ -62,8 +64,9 @@ class Authenticator:
         self._ttl_s = keys.cache_ttl_ms / 1000
         self._entries_max = keys.cache_entries_max
         self._entries: dict[bytes, _Entry] = {}
-        self._lookups: dict[bytes, asyncio.Future[None]] = {}
+        self._lookups: dict[bytes, asyncio.Task[_Entry | None]] = {}
         self._slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._away_until = 0.0
 
     async def authenticate(self, headers: Mapping[bytes, bytes]) -> Caller:
         """The caller behind the credential of a request. Raises a KeysError."""
@@ -73,66 +76,62 @@ class Authenticator:
         sealed = digest(key, self._peppers[0])
         entry = self._entries.get(sealed)
         age_s = time.monotonic() - entry.found_at if entry is not None else self._ttl_s
-        if age_s >= self._ttl_s:
+        if entry is None or age_s >= self._ttl_s:
             entry = await self._look_up(key, sealed, entry)
-        elif age_s >= self._ttl_s * RENEW_AT and entry is not None and not entry.renewing:
-            entry.renewing = True
-            self._tasks.start(self._renew(key, sealed, entry), "keys.renew")
-        assert entry is not None
-        return self._checked(entry.caller, sealed)
-
-    def _checked(self, caller: Caller | None, sealed: bytes) -> Caller:
-        if caller is None:
-            raise KeyInvalid
-        principal = caller.principal
-        # With a previous pepper in use the stored digest is another one than `sealed`.
-        if len(self._peppers) == 1 and not hmac.compare_digest(principal.digest, sealed):
-            raise KeyInvalid
-        if principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
-            raise KeyExpired
-        if not principal.account_active:
-            raise AccountFrozen
-        return caller
+        elif age_s >= self._ttl_s * RENEW_AT:
+            self._start_lookup(key, sealed)
+        return _checked(entry.caller)
 
     async def _look_up(self, key: bytes, sealed: bytes, stale: _Entry | None) -> _Entry:
-        """Read the book once for all who ask for the same key at the same time."""
-        shared = self._lookups.get(sealed)
-        if shared is not None:
-            await asyncio.shield(shared)
-            return self._entries.get(sealed) or await self._look_up(key, sealed, stale)
-        if len(self._lookups) >= LOOKUPS_WAITING_MAX:
+        """A fresh answer of the book, else a stale one that is not too old."""
+        lookup = self._start_lookup(key, sealed)
+        if lookup is not None and (stale is None or time.monotonic() >= self._away_until):
+            wait_s = LOOKUP_WAIT_S if stale is None else STALE_WAIT_S
+            await asyncio.wait([lookup], timeout=wait_s)
+            found = None
+            if lookup.done():
+                found = None if lookup.cancelled() else lookup.result()
+            if found is not None:
+                return found
+            self._away_until = time.monotonic() + AWAY_S
+        if stale is None or time.monotonic() - stale.found_at > STALE_WHEN_BOOK_AWAY_S:
             raise KeysUnavailable
-        shared = self._lookups[sealed] = asyncio.get_running_loop().create_future()
-        try:
-            return await self._read(key, sealed)
-        except KeysUnavailable:
-            if stale is None or time.monotonic() - stale.found_at > STALE_WHEN_BOOK_AWAY_S:
-                raise
-            return stale
-        finally:
-            del self._lookups[sealed]
-            shared.set_result(None)
+        return stale
 
-    async def _renew(self, key: bytes, sealed: bytes, entry: _Entry) -> None:
-        try:
-            await self._read(key, sealed)
-        except KeysError:
-            log.warning("key.renew_failed")
-        finally:
-            entry.renewing = False
+    def _start_lookup(self, key: bytes, sealed: bytes) -> asyncio.Task[_Entry | None] | None:
+        """One reading for all who ask for the same key; None when too many wait already."""
+        lookup = self._lookups.get(sealed)
+        if lookup is None and len(self._lookups) < LOOKUPS_WAITING_MAX:
+            lookup = self._tasks.start(self._read(key, sealed), "keys.lookup")
+            self._lookups[sealed] = lookup
+            lookup.add_done_callback(lambda _: self._lookups.pop(sealed))
+        return lookup
 
-    async def _read(self, key: bytes, sealed: bytes) -> _Entry:
+    async def _read(self, key: bytes, sealed: bytes) -> _Entry | None:
+        """Read the book and remember what it said; None when it did not answer."""
         digests = [sealed, *(digest(key, pepper) for pepper in self._peppers[1:])]
         async with self._slots:
-            found = await find_principals(self._pool, digests)
+            asked_at = time.monotonic()
+            try:
+                found = await find_principals(self._pool, digests)
+            except KeysUnavailable as exc:
+                self._away_until = time.monotonic() + AWAY_S
+                log.warning("key.lookup_failed", extra={"error": repr(exc.__cause__)})
+                return None
+        self._away_until = 0.0
+        caller = None
+        for principal in found:
+            if any(hmac.compare_digest(principal.digest, known) for known in digests):
+                caller = self._caller(principal)
+        # Renewed answers go to the end: what nobody asks for is forgotten first.
+        self._entries.pop(sealed, None)
         if len(self._entries) >= self._entries_max:
             self._forget_some()
-        caller = self._caller(found[0]) if found else None
-        entry = self._entries[sealed] = _Entry(caller, time.monotonic())
+        entry = self._entries[sealed] = _Entry(caller, asked_at)
         return entry
 
     def _forget_some(self) -> None:
-        """Make room: a tenth, oldest first (dicts keep the order of insertion)."""
+        """Make room: a tenth, oldest answers first (dicts keep the order of insertion)."""
         for sealed in list(self._entries)[: max(1, self._entries_max // 10)]:
             del self._entries[sealed]
 
@@ -150,6 +149,17 @@ class Authenticator:
             account_text=f"acct_{id_text(principal.account_id)}",
             key_text=f"key_{id_text(principal.app_key_id)}",
         )
+
+
+def _checked(caller: Caller | None) -> Caller:
+    if caller is None:
+        raise KeyInvalid
+    principal = caller.principal
+    if principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
+        raise KeyExpired
+    if not principal.account_active:
+        raise AccountFrozen
+    return caller
 
 
 def credential_of(headers: Mapping[bytes, bytes]) -> bytes:

@@ -9,12 +9,26 @@ from gateway.relay.watchdog import DeadlineMissed, Watchdog
 class Client:
     """Sends while the client is there; afterwards sending does nothing, so the relay goes on."""
 
-    __slots__ = ("_abort", "_dog", "_over", "_send", "_stall_s", "gone", "head_sent", "status")
+    __slots__ = (
+        "_abort",
+        "_dog",
+        "_left",
+        "_over",
+        "_send",
+        "_stall_s",
+        "gone",
+        "head_sent",
+        "status",
+    )
 
-    def __init__(self, scope: Scope, send: Send, dog: Watchdog, stall_s: float) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, dog: Watchdog, stall_s: float, left: Callable[[], None]
+    ) -> None:
+        """left is called once, when the client goes before its answer is complete."""
         self._send = send
         self._dog = dog
         self._stall_s = stall_s
+        self._left = left
         # Set by our server protocol: closing politely would wait for a client that stopped reading.
         self._abort: Callable[[], None] | None = scope.get("farebox.abort")
         self._over = False
@@ -22,13 +36,12 @@ class Client:
         self.head_sent = False
         self.status = 0
 
-    async def watch(self, receive: Receive, left: Callable[[], None]) -> None:
-        """Wait until the client hangs up or its answer is complete; call left in the first case."""
+    async def watch(self, receive: Receive) -> None:
+        """Wait until the client hangs up or its answer is complete."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        if not self._over and not self.gone:
-            self.gone = True
-            left()
+        if not self._over:
+            self._lose()
 
     async def head(self, status: int, headers: Iterable[Header]) -> None:
         if self.gone:
@@ -48,6 +61,11 @@ class Client:
             await self._dog.wait(self._send(message), self._stall_s)
         except DeadlineMissed:
             # It stopped reading. What it did not take is in no buffer of ours for long.
-            self.gone = True
+            self._lose()
             if self._abort is not None:
                 self._abort()
+
+    def _lose(self) -> None:
+        if not self.gone:
+            self.gone = True
+            self._left()

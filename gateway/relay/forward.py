@@ -4,6 +4,7 @@ The provider's 401, 402 and 403 are about the operator's credential, never the c
 must not look like the caller's; its 429 is not the tenant's own limit.
 """
 
+import time
 from decimal import Decimal
 
 import msgspec
@@ -49,8 +50,12 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
     )
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     services.till.forwarded(call.caller.scopes, call.request_id)
+    began = time.monotonic()
     reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
-    call.upstream_request_id = reply.headers.get("x-request-id", "")[:256]
+    call.upstream_wait_s = time.monotonic() - began
+    # Bytes that are no text come as surrogates, which fit into no receipt.
+    provider_id = reply.headers.get("x-request-id", "")[:256]
+    call.upstream_request_id = provider_id if provider_id.isprintable() else ""
     return reply
 
 
@@ -76,7 +81,8 @@ def error_in_answer(body: bytes) -> ApiError | None:
     answer = read_answer(body)
     if answer is None or not answer.has_error:
         return None
-    return upstream_error(f"The provider failed: {_error_in(body).message}")
+    said = _error_in(body).message
+    return upstream_error(f"The provider failed: {said}" if said else "The provider failed.")
 
 
 def _error_in(body: bytes) -> _Error:
@@ -85,7 +91,7 @@ def _error_in(body: bytes) -> _Error:
         return _Error()
     try:
         error = msgspec.json.decode(answer.error, type=_Error | str | None)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return _Error()
     if isinstance(error, str):
         error = _Error(message=error)
@@ -98,13 +104,15 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
     status = reply.status
     said = f": {error.message}" if error.message else "."
     if status in CALLERS_OWN:
-        return ApiError(
+        exc = ApiError(
             status,
             str(error.code or "invalid_request"),
             f"The provider refused the request (HTTP {status}){said} {NOT_CHARGED}",
             kind=error.type or "invalid_request_error",
             param=error.param,
         )
+        exc.label = "upstream_refused"
+        return exc
     if status == 429:
         message = f"The provider is limiting our requests. {NOT_CHARGED} Try again later."
         exc = upstream_error(message, status=503)

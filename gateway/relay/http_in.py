@@ -1,6 +1,7 @@
 """The client's side of ASGI: headers, body, answers. No money here."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -21,7 +22,6 @@ CORS: tuple[Header, ...] = (
     (b"access-control-expose-headers", EXPOSED),
 )
 PREFLIGHT: tuple[Header, ...] = (
-    (b"access-control-allow-origin", b"*"),
     (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
     (b"access-control-allow-headers", b"*, authorization"),
     (b"access-control-max-age", b"7200"),
@@ -116,15 +116,24 @@ def _too_large(bytes_max: int) -> ApiError:
 
 async def send_answer(send: Send, status: int, headers: Iterable[Header], body: bytes) -> None:
     """A whole answer."""
-    all_headers = [*headers, (b"content-length", b"%d" % len(body))]
+    all_headers = list(headers)
+    if status != 204:  # which has no body, and must not speak of one
+        all_headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": all_headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(
-    send: Send, exc: ApiError, arrival: Arrival, extra: Iterable[Header] = ()
-) -> None:
+async def send_error(send: Send, exc: ApiError, arrival: Arrival) -> None:
     """An error as the OpenAI envelope, with the ids that support asks for."""
-    request_id = f"req_{arrival.request_id}"
-    headers = [JSON, (b"x-request-id", request_id.encode()), *CORS, *exc.headers, *extra]
-    await send_answer(send, exc.status, headers, exc.body(request_id))
+    headers = [JSON, *own_headers(arrival), *exc.headers]
+    await send_answer(send, exc.status, headers, exc.body(f"req_{arrival.request_id}"))
+
+
+def own_headers(arrival: Arrival) -> list[Header]:
+    """The headers of every answer that called no provider: all of its time was ours."""
+    overhead_s = time.monotonic() - arrival.started_mono
+    return [
+        (b"x-request-id", f"req_{arrival.request_id}".encode()),
+        (b"x-farebox-overhead-ms", b"%.2f" % (overhead_s * 1000)),
+        *CORS,
+    ]

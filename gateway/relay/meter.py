@@ -11,11 +11,11 @@ from enum import Enum, auto
 import msgspec
 
 from gateway.protocols import sse
-from gateway.protocols.chat_answer import Answer, read_answer, replace_usage, texts_in
+from gateway.protocols.chat_answer import Answer, read_answer, texts_in, with_usage
 from gateway.relay.seen import Seen
 
-# The end of a frame that is too long to be held back, searched for its usage.
-LONG_TAIL_BYTES = 16 * 1024
+# Of a frame that is too long to be held back, the end still is: usage is found there.
+LONG_END_BYTES = 16 * 1024
 
 
 class PieceKind(Enum):
@@ -45,25 +45,25 @@ class StreamMeter:
         self.is_done = False
         self._buffer_bytes_max = buffer_bytes_max
         self._tail = b""
-        self._long_tail: bytes | None = None
+        self._long_end: bytes | None = None
 
     @property
     def is_mid_frame(self) -> bool:
         """True while part of a frame was passed on: nothing may come between."""
-        return self._long_tail is not None
+        return self._long_end is not None
 
     def feed(self, chunk: bytes) -> list[Piece]:
         """The pieces that are complete now."""
         self.seen.bytes += len(chunk)
         if self.is_done:
             return []
-        if self._long_tail is not None:
-            return self._feed_long(chunk)
+        if self._long_end is not None:
+            return self._feed_long(self._long_end, chunk)
         data = self._tail + chunk if self._tail else chunk
         length = sse.complete_length(data)
         self._tail = data[length:] if length < len(data) else b""
         if not length:
-            return self._begin_long() if len(self._tail) > self._buffer_bytes_max else []
+            return self._pass_long() if len(self._tail) > self._buffer_bytes_max else []
         complete = data[:length] if self._tail else data
         if not sse.may_matter(complete):
             self.seen.keep(complete)
@@ -71,11 +71,18 @@ class StreamMeter:
         return list(self._look_into(complete))
 
     def end(self) -> list[Piece]:
-        """The pieces of a last frame whose empty line never came."""
-        if not self._tail or self.is_done:
+        """The pieces of a last frame whose empty line never came; half a frame is dropped."""
+        if self.is_done:
             return []
+        if self._long_end is not None:
+            last, self._long_end = self._long_end, None
+            return [Piece(PieceKind.PLAIN, self._end_of_long(last) + b"\n\n")]
         tail, self._tail = self._tail.rstrip(b"\r\n"), b""
-        return list(self._look_into(tail + b"\n\n")) if tail else []
+        payload = sse.payload_of(tail + b"\n\n").strip()
+        is_whole = payload == b"[DONE]" or read_answer(payload) is not None
+        if is_whole or tail.startswith(b":"):
+            return list(self._look_into(tail + b"\n\n"))
+        return []
 
     def _look_into(self, complete: bytes) -> Iterator[Piece]:
         plain: list[bytes] = []
@@ -113,48 +120,51 @@ class StreamMeter:
         if not answer.has_choices:
             return Piece(PieceKind.USAGE, frame, answer)
         # Usage beside text: what the provider billed is not told to the client.
-        return Piece(PieceKind.PLAIN, replace_usage(frame, answer.usage, b"null"))
+        changed = sse.with_payload(frame, payload, with_usage(payload, answer, b"null"))
+        return Piece(PieceKind.PLAIN, changed)
 
-    def _begin_long(self) -> list[Piece]:
-        """The frame does not fit into the buffer: it passes in parts, unseen but for its end."""
+    def _pass_long(self) -> list[Piece]:
+        """The frame does not fit into the buffer: it passes in parts, all but its end unseen."""
         data, self._tail = self._tail, b""
-        self._long_tail = data[-LONG_TAIL_BYTES:]
-        return [Piece(PieceKind.PLAIN, data)]
+        head, self._long_end = data[:-LONG_END_BYTES], data[-LONG_END_BYTES:]
+        self.seen.add_text([head.decode(errors="replace")])
+        return [Piece(PieceKind.PLAIN, head)] if head else []
 
-    def _feed_long(self, chunk: bytes) -> list[Piece]:
-        assert self._long_tail is not None
-        # The boundary may lie across two chunks: look from three bytes before this one.
-        before = self._long_tail[-3:]
-        joined = before + chunk
-        ends = [at + len(mark) for mark in (b"\n\n", b"\n\r\n") if (at := joined.find(mark)) >= 0]
-        if not ends:
-            self._long_tail = (self._long_tail + chunk)[-LONG_TAIL_BYTES:]
-            return [Piece(PieceKind.PLAIN, chunk)]
-        end = min(ends) - len(before)
-        last, rest = chunk[:end], chunk[end:]
-        self._note_long(self._long_tail + last)
-        self._long_tail = None
-        pieces = [Piece(PieceKind.PLAIN, last)] if last else []
+    def _feed_long(self, held: bytes, chunk: bytes) -> list[Piece]:
+        data = held + chunk
+        # The boundary may lie across two chunks: look from two bytes before this one.
+        end = sse.first_end(data, max(len(held) - 2, 0))
+        if end < 0:
+            self._tail = data
+            return self._pass_long()
+        self._long_end = None
+        pieces = [Piece(PieceKind.PLAIN, self._end_of_long(data[:end]))]
+        rest = data[end:]
         self.seen.bytes -= len(rest)
         return pieces + (self.feed(rest) if rest else [])
 
-    def _note_long(self, tail: bytes) -> None:
-        at = tail.rfind(b'"usage"')
-        if at >= 0:
-            answer = read_answer(b"{" + tail[at:].strip())
-            if answer is not None:
-                self.seen.note(answer)
+    def _end_of_long(self, data: bytes) -> bytes:
+        """The end of a long frame, its usage noted and taken out."""
+        self.seen.add_text([data.decode(errors="replace")])
+        at = data.rfind(b'"usage"')
+        if at < 0:
+            return data
+        members = b"{" + data[at:].rstrip()
+        answer = read_answer(members)
+        if answer is None or not answer.has_usage:
+            return data
+        self.seen.note(answer)
+        changed = with_usage(members, answer, b"null")[1:]
+        return data[:at] + changed + data[at + len(members) - 1 :]
 
 
 class BodyMeter:
     """A whole JSON answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: bytes) -> None:
         self.seen = Seen()
-        self.answer: Answer | None = None
-
-    def read(self, body: bytes) -> None:
         self.seen.bytes = len(body)
         self.answer = read_answer(body)
         if self.answer is not None:
             self.seen.note(self.answer)
+            self.seen.keep_body(body)

@@ -1,14 +1,23 @@
 """GET /v1/models and /v1/models/{id}: from memory, with prices."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import msgspec
 
 from billing.errors import BillingError
 from gateway.errors import ApiError, to_api_error
-from gateway.protocols.chat import unknown_model
+from gateway.protocols.chat import MODEL_LENGTH_MAX, unknown_model
 from gateway.relay.call import Arrival, ModelRoute
-from gateway.relay.http_in import CORS, JSON, Scope, Send, header_map, send_answer, send_error
+from gateway.relay.http_in import (
+    JSON,
+    Scope,
+    Send,
+    header_map,
+    own_headers,
+    send_answer,
+    send_error,
+)
 from gateway.services import Services
 from keys.errors import KeysError
 
@@ -19,37 +28,39 @@ DIGITS = 9 + 6 + 4
 
 
 async def list_models(services: Services, arrival: Arrival, scope: Scope, send: Send) -> None:
-    models = [_model(services, route) for route in services.catalog.all()]
-    await _answer(services, arrival, scope, send, {"object": "list", "data": models})
+    def answer() -> object:
+        models = [_model(services, route) for route in services.catalog.all()]
+        return {"object": "list", "data": models}
+
+    await _answer(services, arrival, scope, send, answer)
 
 
 async def one_model(
     services: Services, arrival: Arrival, scope: Scope, send: Send, model: str
 ) -> None:
-    route = services.catalog.find(model)
-    answer: object = None
-    if route is not None:
-        answer = _model(services, route)
-    else:
-        answer = unknown_model(model, services.catalog.nearest(model))
+    def answer() -> object:
+        route = services.catalog.find(model)
+        if route is None:
+            name = model[:MODEL_LENGTH_MAX]
+            raise unknown_model(name, services.catalog.nearest(name))
+        return _model(services, route)
+
     await _answer(services, arrival, scope, send, answer)
 
 
 async def _answer(
-    services: Services, arrival: Arrival, scope: Scope, send: Send, answer: object
+    services: Services, arrival: Arrival, scope: Scope, send: Send, make: Callable[[], object]
 ) -> None:
     try:
         await services.authenticator.authenticate(header_map(scope))
-        if isinstance(answer, ApiError):
-            raise answer
+        answer = make()
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
         services.metrics.count_request(ROUTE, error.status, error.code)
         await send_error(send, error, arrival)
         return
     services.metrics.count_request(ROUTE, 200, "")
-    request_id = (b"x-request-id", f"req_{arrival.request_id}".encode())
-    await send_answer(send, 200, [JSON, request_id, *CORS], msgspec.json.encode(answer))
+    await send_answer(send, 200, [JSON, *own_headers(arrival)], msgspec.json.encode(answer))
 
 
 def _model(services: Services, route: ModelRoute) -> dict[str, object]:

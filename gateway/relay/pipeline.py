@@ -4,7 +4,7 @@ from billing.errors import BillingError
 from billing.receipts import Outcome
 from gateway.errors import ApiError, to_api_error
 from gateway.protocols import chat
-from gateway.relay.admit import MaybeAdmitted, admit
+from gateway.relay.admit import admit, prepare
 from gateway.relay.call import Arrival, Call
 from gateway.relay.http_in import (
     ClientLeft,
@@ -31,28 +31,30 @@ async def chat_completions(
     services: Services, arrival: Arrival, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Serve one chat completion, or refuse it with the OpenAI envelope."""
+    call: Call | None = None
+    is_admitted = False
     try:
-        call = await _admitted(services, arrival, scope, receive)
+        call = await _prepared(services, arrival, scope, receive)
+        await admit(services, call)
+        is_admitted = True
     except ClientLeft:
         services.metrics.count_request(ROUTE, 0, "client_left")
         return
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
-        services.metrics.count_request(ROUTE, error.status, error.code)
+        services.metrics.count_request(ROUTE, error.status, error.label)
         await send_error(send, error, arrival)
         return
-    except MaybeAdmitted as exc:
-        error = to_api_error(exc.__cause__)  # type: ignore[arg-type]
-        services.metrics.count_request(ROUTE, error.status, error.code)
-        await send_error(send, error, arrival)
-        await finish(_void(services, exc.call))
-        return
+    finally:
+        # After the refusal is sent: without the till this waits for the book.
+        if call is not None and call.is_open and not is_admitted:
+            await finish(_void(services, call))
     reply = Reply(services, call)
     await reply(scope, receive, send)
     services.metrics.count_request(ROUTE, reply.client.status, reply.code)
 
 
-async def _admitted(services: Services, arrival: Arrival, scope: Scope, receive: Receive) -> Call:
+async def _prepared(services: Services, arrival: Arrival, scope: Scope, receive: Receive) -> Call:
     settings = services.settings
     headers = header_map(scope)
     check_headers(scope, headers, settings.limits.headers_bytes_max)
@@ -61,12 +63,11 @@ async def _admitted(services: Services, arrival: Arrival, scope: Scope, receive:
     body = await read_body(
         receive, headers, settings.limits.body_bytes_max, settings.timeouts.body_s
     )
-    return await admit(services, arrival, caller, chat.read_facts(body))
+    return prepare(services, arrival, caller, chat.read_facts(body))
 
 
 async def _void(services: Services, call: Call) -> None:
     """The till did not say whether the hold is there: one free receipt ends it in any case."""
-    call.is_open = True
     settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
     record(services, call, settled.receipt)
     await wait_settled(settled)

@@ -49,38 +49,39 @@ class Reply:
         self.upstream: UpstreamReply | None = None
         self.client: Client
         self.dog: Watchdog
-        self._forwarded = False
-        self._is_draining = False
         self.code = ""
+        self._is_draining = False
+        self._is_cut_off = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeouts = self.services.settings.timeouts
         self.dog = Watchdog(timeouts.request_total_s)
-        self.client = Client(scope, send, self.dog, timeouts.write_stall_s)
-        watch = self.services.tasks.start(
-            self.client.watch(receive, self._client_left), "client.watch"
-        )
+        self.client = Client(scope, send, self.dog, timeouts.write_stall_s, self._client_left)
+        watch = self.services.tasks.start(self.client.watch(receive), "client.watch")
         self.services.open_calls += 1
         try:
             await self._relay()
+        except asyncio.CancelledError:
+            self._is_cut_off = True
+            raise
         finally:
             try:
                 if self.call.is_open:
-                    await finish(self._end_cut_off())
+                    await finish(self._end_anyhow())
             finally:
                 self._let_go(watch)
 
     async def _relay(self) -> None:
         try:
-            self._forwarded = True
             self.upstream = await forward(self.services, self.call, self.dog)
             if not 200 <= self.upstream.status < 300:
                 await self.fail(await read_error(self.upstream, self.dog), Outcome.VOIDED)
-            elif self.upstream.headers.get("content-type", "").startswith("text/event-stream"):
-                self.header_usd = cost_in_header(self.upstream)
+                return
+            self.header_usd = cost_in_header(self.upstream)
+            content_type = self.upstream.headers.get("content-type", "").lower()
+            if content_type.startswith("text/event-stream"):
                 await relay_stream(self)
             else:
-                self.header_usd = cost_in_header(self.upstream)
                 await relay_body(self)
         except UpstreamFailed as exc:
             await self._upstream_failed(exc)
@@ -90,14 +91,16 @@ class Reply:
     async def _upstream_failed(self, exc: UpstreamFailed) -> None:
         facts = {"request_id": self.call.request_id, "provider": self.call.route.provider}
         log.warning("upstream.failed", extra={**facts, "reason": exc.reason})
-        if self.client.gone:
-            return  # _end_cut_off charges what came
+        if self.client.gone and self.seen.text():
+            self._is_cut_off = True  # what came before it failed is charged
+            return
         outcome = Outcome.UPSTREAM_FAILED if exc.may_have_billed else Outcome.VOIDED
         message = f"The provider failed: {exc.reason}. {NOT_CHARGED}"
         await self.fail(upstream_error(message, may_have_billed=exc.may_have_billed), outcome)
 
     async def _too_late(self) -> None:
         if self.client.gone:
+            self._is_cut_off = True
             return
         message = f"The provider did not answer in time. {NOT_CHARGED}"
         exc = upstream_error(message, status=504, code="upstream_timeout", may_have_billed=True)
@@ -106,7 +109,7 @@ class Reply:
     async def fail(self, exc: ApiError, outcome: Outcome) -> None:
         """End the call free of charge and answer with an error. Only before any of the answer."""
         assert not self.client.head_sent
-        self.code = exc.code
+        self.code = exc.label
         await wait_settled(self.settle(outcome, VOID))
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
@@ -130,12 +133,18 @@ class Reply:
         record(self.services, self.call, settled.receipt)
         return settled
 
-    async def _end_cut_off(self) -> None:
-        """The client left, or the task was cancelled: charge what the provider did till now."""
-        if not self._forwarded:
-            await wait_settled(self.settle(Outcome.VOIDED, VOID))
-            return
-        await wait_settled(self.settle(Outcome.CLIENT_LEFT, await self.bill()))
+    async def _end_anyhow(self) -> None:
+        """The client left or the task was cancelled: charge what the provider did until now.
+
+        Anything else is a bug of ours, and nobody pays for that.
+        """
+        outcome, bill = Outcome.UPSTREAM_FAILED, VOID
+        try:
+            if self._is_cut_off or self.client.gone:
+                outcome = Outcome.CLIENT_LEFT
+                bill = await self.bill()
+        finally:
+            await wait_settled(self.settle(outcome, bill))
 
     def _client_left(self) -> None:
         """Read the provider on for its usage, but not for long, and not for too many at once."""

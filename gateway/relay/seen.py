@@ -1,6 +1,6 @@
 """What was learned from an answer so far: usage, ids, and the text for counting."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from msgspec import Raw
 
@@ -10,6 +10,8 @@ from gateway.protocols.facts import UsageReport
 
 # Frames are kept as they came and turned into text when this many bytes have gathered.
 KEPT_BYTES_MAX = 64 * 1024
+# Text beyond this is only measured: memory must not grow with the answer.
+TEXT_CHARS_MAX = 1024 * 1024
 
 
 class Seen:
@@ -21,9 +23,17 @@ class Seen:
         self.model = ""
         self.upstream_id = ""
         self.bytes = 0
+        self.chars_beyond = 0
         self._texts: list[str] = []
+        self._chars = 0
         self._kept: list[bytes] = []
         self._kept_bytes = 0
+        self._body = b""
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing of a completion came: no text, no usage, not even a model's name."""
+        return self.report is None and not self.text() and not self.model
 
     def note(self, answer: Answer) -> None:
         """Take over what an answer or frame says of itself."""
@@ -42,12 +52,27 @@ class Seen:
         if self._kept_bytes > KEPT_BYTES_MAX:
             self._fold()
 
+    def keep_body(self, body: bytes) -> None:
+        self._body = body
+
     def text(self) -> str:
-        """All text that came."""
+        """All text that came, but for `chars_beyond` characters."""
         self._fold()
+        if self._body:
+            body, self._body = self._body, b""
+            self.add_text(texts_in(body))
         return "".join(self._texts)
 
-    def learn_ids(self) -> None:
+    def add_text(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            room = TEXT_CHARS_MAX - self._chars
+            if len(text) > room:
+                self.chars_beyond += len(text) - room
+            if room:
+                self._texts.append(text[:room])
+                self._chars += min(len(text), room)
+
+    def _learn_ids(self) -> None:
         """Model and id from the first frame, when no frame with usage told them."""
         for frame in sse.split_frames(b"".join(self._kept[:1])):
             answer = read_answer(sse.payload_of(frame))
@@ -55,12 +80,9 @@ class Seen:
                 self.model = self.model or read_string(answer.model)
                 self.upstream_id = self.upstream_id or read_string(answer.id)
 
-    def add_text(self, texts: Iterator[str]) -> None:
-        self._texts.extend(texts)
-
     def _fold(self) -> None:
         if not self.model:
-            self.learn_ids()
+            self._learn_ids()
         kept, self._kept, self._kept_bytes = self._kept, [], 0
         for frame in sse.split_frames(b"".join(kept)):
-            self._texts.extend(texts_in(sse.payload_of(frame)))
+            self.add_text(texts_in(sse.payload_of(frame)))

@@ -17,7 +17,7 @@ from billing.errors import BillingError
 from billing.prices import NOTHING, Charge, charge_for
 from billing.receipts import Outcome
 from billing.settler import Settled
-from billing.tokens import TokenCounter
+from billing.tokens import CHARS_PER_TOKEN, TokenCounter
 from billing.usage import Usage, UsageSource, is_believable
 from gateway.protocols.chat import prompt_text
 from gateway.relay.call import Call
@@ -66,7 +66,7 @@ async def bill_counted(
     said = seen.text()
     usage = Usage(
         input_tokens=await counter.count(prompt_text(call.facts)),
-        output_tokens=await counter.count(said),
+        output_tokens=await counter.count(said) + seen.chars_beyond // CHARS_PER_TOKEN,
     )
     return _bill(call, usage, UsageSource.COUNTED, _reported_usd(call, seen, header_usd))
 
@@ -115,7 +115,8 @@ async def wait_settled(settled: Settled) -> int | None:
     Gives up after about a second: the receipt is on its way and cannot be lost by that.
     """
     try:
-        reply = await settled.till_reply
+        # Shielded: the settler waits for this very future before it confirms.
+        reply = await asyncio.shield(settled.till_reply)
     except BillingError:
         try:
             async with asyncio.timeout(COMMIT_WAIT_S):
@@ -141,5 +142,5 @@ async def finish(coro: Coroutine[Any, Any, T]) -> T:
             except asyncio.CancelledError as exc:
                 cancelled = exc
     if cancelled is not None:
-        raise cancelled
+        raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()

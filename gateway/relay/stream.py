@@ -12,9 +12,9 @@ from msgspec import Raw
 
 from billing.receipts import Outcome
 from billing.usage import UsageSource
-from gateway.errors import ApiError, upstream_error
+from gateway.errors import NOT_CHARGED, ApiError, upstream_error
 from gateway.protocols import sse
-from gateway.protocols.chat_answer import replace_usage, usage_for_client, usage_object
+from gateway.protocols.chat_answer import usage_for_client, usage_object, with_usage
 from gateway.providers.upstream import UpstreamFailed
 from gateway.relay.forward import error_in_answer
 from gateway.relay.http_in import Header
@@ -25,6 +25,9 @@ from gateway.relay.watchdog import DeadlineMissed
 if TYPE_CHECKING:
     from gateway.relay.reply import Reply
 
+# How long and how far to read on after [DONE]; many servers send the end of the body separately.
+READ_OUT_S = 0.1
+READ_OUT_BYTES_MAX = 16 * 1024
 STREAM_HEADERS: tuple[Header, ...] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -48,8 +51,7 @@ class _StreamRelay:
         self.drain_bytes_max = settings.limits.drain_bytes_max
         self.wants_usage = reply.call.facts.wants_usage
         self.meter = StreamMeter(buffer_bytes_max=settings.limits.stream_buffer_bytes_max)
-        self.bill: Bill | None = None
-        self.usage_sent = False
+        self.usage_piece: Piece | None = None
         self.drained = 0
         reply.seen = self.meter.seen
 
@@ -59,6 +61,7 @@ class _StreamRelay:
                 for piece in self.meter.feed(chunk):
                     await self._deliver(piece)
                 if self.meter.is_done:
+                    await self._read_out()
                     return
                 if self.client.gone:
                     self.drained += len(chunk)
@@ -66,9 +69,25 @@ class _StreamRelay:
                         return
             await self._end_without_done()
         except (UpstreamFailed, DeadlineMissed) as exc:
-            if self.client.gone or not self.client.head_sent:
+            if self.usage_piece is not None:
+                await self._complete()  # all of the answer came, only its [DONE] did not
+            elif self.client.gone or not self.client.head_sent:
                 raise
-            await self._broke_off(exc)
+            else:
+                await self._broke_off(exc)
+
+    async def _read_out(self) -> None:
+        """The few bytes after [DONE]: a connection that is at its end can be used again."""
+        upstream = self.reply.upstream
+        assert upstream is not None
+        size = 0
+        try:
+            while chunk := await self.reply.dog.wait(upstream.read(), READ_OUT_S):
+                size += len(chunk)
+                if size > READ_OUT_BYTES_MAX:
+                    return
+        except (UpstreamFailed, DeadlineMissed):
+            return
 
     async def _next_chunk(self) -> bytes:
         """The next bytes; while there are none, a comment line from time to time."""
@@ -99,30 +118,18 @@ class _StreamRelay:
             case PieceKind.PLAIN:
                 await self._write(piece.data)
             case PieceKind.USAGE:
-                await self._deliver_usage(piece)
+                # Kept until the end: some providers correct themselves, and the price goes into it.
+                self.usage_piece = piece
             case PieceKind.ERROR:
                 await self._deliver_error(piece)
             case PieceKind.DONE:
-                await self._settle(Outcome.COMPLETE)
-                await self._end(b"")
+                await self._complete()
 
-    async def _deliver_usage(self, piece: Piece) -> None:
-        """The provider's last word on usage: settle now, SDKs may hang up after [DONE]."""
-        if self.bill is not None or self.usage_sent:
-            return  # a second one changes nothing
-        if self.meter.seen.report is None or self.meter.seen.report.usage is None:
-            return  # it makes no sense: count at the end
-        await self._settle(Outcome.COMPLETE)
-        if self.wants_usage:
-            assert piece.answer is not None
-            self.usage_sent = True
-            new = self._usage(piece.answer.usage)
-            await self._write(replace_usage(piece.data, piece.answer.usage, new))
-
-    async def _settle(self, outcome: Outcome) -> None:
-        if self.bill is None:
-            self.bill = await self.reply.bill()
-            await wait_settled(self.reply.settle(outcome, self.bill))
+    async def _complete(self) -> None:
+        """The whole answer came: settle, then tell the client what it cost and that it ended."""
+        bill = await self.reply.bill()
+        await wait_settled(self.reply.settle(Outcome.COMPLETE, bill))
+        await self._end(self._usage_frame(bill) if self.wants_usage else b"")
 
     async def _end_without_done(self) -> None:
         """A proper end of the body without [DONE]: some providers never send it."""
@@ -130,17 +137,17 @@ class _StreamRelay:
             await self._deliver(piece)
         if self.meter.is_done:
             return
-        if not self.meter.seen.bytes:
+        if self.meter.seen.is_empty:
             raise UpstreamFailed("the answer was empty", may_have_billed=True)
-        await self._settle(Outcome.COMPLETE)
-        await self._end(b"")
+        await self._complete()
 
     async def _deliver_error(self, piece: Piece) -> None:
         """The provider says that it failed. Before anything was sent it is a proper error."""
         error = error_in_answer(sse.payload_of(piece.data))
         assert error is not None
-        if not self.client.head_sent and not self.client.gone and self.bill is None:
-            await self.reply.fail(error, Outcome.UPSTREAM_FAILED)
+        if not self.client.head_sent and not self.client.gone:
+            error.message += f" {NOT_CHARGED}"
+            await self.reply.fail(error, Outcome.VOIDED)
             return
         await self._end_failed(error)
 
@@ -153,28 +160,22 @@ class _StreamRelay:
 
     async def _end_failed(self, error: ApiError) -> None:
         """One frame with the error and without choices (an SDK swallows it otherwise)."""
-        if self.bill is None:
-            bill = await self.reply.bill()
-            # Nothing was delivered, nothing is guessed: only the provider's own word counts.
-            if bill.usage_source is UsageSource.COUNTED and not bill.usage.output_tokens:
-                bill = VOID
-            self.bill = bill
-            await wait_settled(self.reply.settle(Outcome.UPSTREAM_FAILED, bill))
-        self.reply.code = error.code
-        error.message += f" {self._charged()}"
-        frame = error.body(f"req_{self.reply.call.request_id}")
-        await self._end(b"data: " + frame + b"\n\n", with_usage=False)
+        bill = await self.reply.bill()
+        # Nothing was delivered, nothing is guessed: only the provider's own word counts.
+        if bill.usage_source is UsageSource.COUNTED and not bill.usage.output_tokens:
+            bill = VOID
+        await wait_settled(self.reply.settle(Outcome.UPSTREAM_FAILED, bill))
+        self.reply.code = error.label
+        receipt_id = f"receipt rcpt_{self.reply.call.request_id}"
+        if bill.charge.price_nanos:
+            error.message += f" You were charged for what was delivered ({receipt_id})."
+        else:
+            error.message += f" {NOT_CHARGED[:-1]} ({receipt_id})."
+        frame = b"data: " + error.body(f"req_{self.reply.call.request_id}") + b"\n\n"
+        await self._end(b"\n\n" + frame if self.meter.is_mid_frame else frame)
 
-    def _charged(self) -> str:
-        receipt_id = f"rcpt_{self.reply.call.request_id}"
-        if self.bill is None or not self.bill.charge.price_nanos:
-            return f"You were not charged (receipt {receipt_id})."
-        return f"You were charged for what was delivered (receipt {receipt_id})."
-
-    async def _end(self, last: bytes, *, with_usage: bool = True) -> None:
+    async def _end(self, last: bytes) -> None:
         """[DONE] and the end of the response, at once: async SDKs drain the body after it."""
-        if with_usage and self.wants_usage and not self.usage_sent:
-            last += self._usage_frame()
         await self._write(last + sse.DONE_FRAME, more=False)
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
@@ -182,24 +183,23 @@ class _StreamRelay:
             await self.client.head(200, (*STREAM_HEADERS, *self.reply.id_headers()))
         await self.client.body(data, more=more)
 
-    def _usage(self, provider_usage: Raw) -> bytes:
-        assert self.bill is not None
-        receipt_id = f"rcpt_{self.reply.call.request_id}"
-        return usage_for_client(provider_usage, self.bill.charge.price_nanos, receipt_id)
-
-    def _usage_frame(self) -> bytes:
-        """A usage chunk for a client that asked, when the provider sent none of its own."""
-        assert self.bill is not None
-        seen = self.meter.seen
-        raw = seen.usage_raw if seen.usage_raw is not None else usage_object(self.bill.usage)
-        if self.bill.usage_source is UsageSource.COUNTED:
-            raw = usage_object(self.bill.usage)
+    def _usage_frame(self, bill: Bill) -> bytes:
+        """The usage chunk for a client that asked: the provider's own, or one in its manner."""
+        seen, call, piece = self.meter.seen, self.reply.call, self.usage_piece
+        counted = bill.usage_source is UsageSource.COUNTED
+        raw = usage_object(bill.usage) if counted else seen.usage_raw
+        assert raw is not None
+        usage = usage_for_client(raw, bill.charge.price_nanos, f"rcpt_{call.request_id}")
+        if piece is not None and piece.answer is not None:
+            payload = sse.payload_of(piece.data)
+            new = with_usage(payload, piece.answer, usage)
+            return sse.with_payload(piece.data, payload, new)
         chunk = {
-            "id": seen.upstream_id or f"chatcmpl-{self.reply.call.request_id}",
+            "id": seen.upstream_id or f"chatcmpl-{call.request_id}",
             "object": "chat.completion.chunk",
-            "created": int(self.reply.call.arrival.started_at),
-            "model": seen.model or self.reply.call.facts.model,
+            "created": int(call.arrival.started_at),
+            "model": seen.model or call.facts.model,
             "choices": [],
-            "usage": Raw(self._usage(raw)),
+            "usage": Raw(usage),
         }
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"

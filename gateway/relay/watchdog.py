@@ -48,6 +48,10 @@ class Watchdog:
             raise DeadlineMissed from None
         finally:
             self._waiting = False
+            if self._fired:
+                # It came to its end in spite of our cancellation, which must not outlive the wait.
+                self._fired = False
+                self._task.uncancel()
 
     def shorten(self, timeout_s: float) -> None:
         """From now on, and for the wait under way too, at most this much more time in all."""

@@ -1,0 +1,113 @@
+"""A book without a gateway: accounts with keys and prices, and the rules that always hold."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from billing import book
+from billing.book import Pool
+from billing.prices import CostSource
+from billing.receipts import ChargeReceipt, Outcome, Provenance
+from billing.till import SpendScopes, spend_scopes
+from config.ids import id_text, new_id
+from keys.store import KeyTerms, create_key
+
+PEPPER = b"p" * 32
+
+
+class Account(msgspec.Struct, frozen=True):
+    """An account and one of its keys."""
+
+    id: UUID
+    virtual_key_id: UUID
+    app_key_id: UUID
+    secret: str
+
+    @property
+    def scopes(self) -> SpendScopes:
+        return spend_scopes(self.id, self.app_key_id, account_open_max=0, key_open_max=0)
+
+    def receipt(self, price: int = 0, **fields: Any) -> ChargeReceipt:
+        """A receipt that every constraint accepts."""
+        uid = fields.pop("request_id", None) or new_id()
+        now = datetime.now(UTC)
+        values: dict[str, Any] = {
+            "request_id": uid,
+            "source_reference": id_text(uid),
+            "billing_account_id": self.id,
+            "virtual_key_id": self.virtual_key_id,
+            "app_key_id": self.app_key_id,
+            "protocol": "chat.completions",
+            "provider": "test",
+            "requested_model": "m",
+            "reported_cost_usd": Decimal(price).scaleb(-9),
+            "provider_cost_nanos": price,
+            "price_nanos": price,
+            "markup_bps": 10_000,
+            "hold_nanos": price,
+            "cost_source": CostSource.PROVIDER,
+            "outcome": Outcome.COMPLETE,
+            "provenance": Provenance.RESPONSE,
+            "started_at": now,
+            "finished_at": now,
+        }
+        return ChargeReceipt(**{**values, **fields})
+
+
+@asynccontextmanager
+async def open_pool(url: str, size: int = 4) -> AsyncIterator[Pool]:
+    pool = await book.open_pool(url, size, 5, 10_000)
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def make_account(pool: Pool, nanos: int = 10**9) -> Account:
+    """An account with that much credit and one key."""
+    async with book.acquire(pool) as conn:
+        account_id = await book.create_account(conn, "test")
+        if nanos:
+            await book.grant(conn, account_id, nanos, f"g_{new_id()}", "")
+        key_id, key = await create_key(conn, account_id, KeyTerms(name="test"), pepper=PEPPER)
+        virtual_key_id = await conn.fetchval(
+            "SELECT virtual_key_id FROM app_api_keys WHERE id = $1", key_id
+        )
+    return Account(account_id, virtual_key_id, key_id, key.secret)
+
+
+BROKEN_ROWS = """
+SELECT a.id
+FROM billing_accounts AS a
+LEFT JOIN LATERAL (
+    SELECT count(*) AS rows, coalesce(max(seq), 0) AS last, coalesce(sum(amount_nanos), 0) AS total
+    FROM credit_ledger AS l
+    WHERE l.billing_account_id = a.id
+) AS l ON true
+WHERE a.version <> l.last OR l.rows <> l.last OR a.balance_nanos <> l.total
+"""
+UNPAIRED = """
+SELECT count(*)
+FROM (SELECT * FROM charge_receipts WHERE price_nanos > 0) AS r
+FULL JOIN (SELECT * FROM credit_ledger WHERE reason = 'charge') AS l
+    ON l.reference = r.request_id::text AND l.billing_account_id = r.billing_account_id
+    AND l.amount_nanos = -r.price_nanos AND l.app_key_id = r.app_key_id
+WHERE r.request_id IS NULL OR l.reference IS NULL
+"""
+
+
+async def check_book(pool: Pool) -> None:
+    """Ledgers are gapless and sum up to the balances; charges and priced receipts pair up."""
+    assert await pool.fetch(BROKEN_ROWS) == []
+    assert await pool.fetchval(UNPAIRED) == 0
+
+
+async def balance(pool: Pool, account: Account) -> int:
+    async with book.acquire(pool) as conn:
+        return (await book.read_account(conn, account.id)).balance_nanos
