@@ -18,6 +18,7 @@ COPY keys ./keys
 COPY billing ./billing
 COPY migrations ./migrations
 COPY gateway ./gateway
+COPY bench ./bench
 RUN uv sync --locked --no-dev --no-editable
 
 FROM ${PYTHON_IMAGE}
