@@ -63,7 +63,7 @@ def stages(world: World) -> list[Stage]:
         Stage("authenticate", lambda: at_once(world.authenticate())),
         Stage("read_facts_1k", world.read_facts),
         Stage("read_facts_32k", world.read_facts_long),
-        Stage("hold", world.size_hold),
+        Stage("prepare", world.prepare),
         Stage("admit", lambda: at_once(world.admit())),
         Stage("upstream_body", world.upstream_body, "stream"),
         Stage("meter_body", world.meter_body),
@@ -174,8 +174,8 @@ def table_of(now: Sequence[Measured], recorded: dict[str, float]) -> str:
     return "\n".join(lines_of(rows))
 
 
-# admit contains hold and a first receipt, settle a second one: their own lines are not added.
+# admit contains a first receipt, settle a second one: the line of its own is not added.
 PLAIN_REQUEST = (
-    *("authenticate", "read_facts_1k", "admit", "meter_body"),
+    *("authenticate", "read_facts_1k", "prepare", "admit", "meter_body"),
     *("bill", "settle", "usage_patch", "record"),
 )

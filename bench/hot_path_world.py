@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from gateway.catalog import config_rates
 from gateway.log import set_up_logging
 from gateway.metrics import Metrics
 from gateway.protocols import chat
-from gateway.protocols.chat_answer import replace_usage, usage_for_client
-from gateway.relay import admit as admission
+from gateway.protocols.chat_answer import read_answer, usage_for_client, with_usage
+from gateway.relay.admit import admit, prepare
 from gateway.relay.authenticate import _Entry
 from gateway.relay.call import Arrival, Call, Caller
 from gateway.relay.meter import BodyMeter, StreamMeter
@@ -81,15 +80,18 @@ class World:
             b'"choices":[{"index":0,"message":{"role":"assistant","content":"%b"},'
             b'"finish_reason":"stop"}],"usage":%b}'
         ) % (words(1, 600).encode(), USAGE)
-        envelope = (
+        envelope = read_answer(self.answer)
+        assert envelope is not None
+        self.envelope = envelope
+        frame = (
             b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,'
             b'"model":"bench","system_fingerprint":"fp_mock","choices":'
         )
-        self.chunk = envelope + (
+        self.chunk = frame + (
             b'[{"index":0,"delta":{"content":" word"},"logprobs":null,'
             b'"finish_reason":null}],"usage":null}\n\n'
         )
-        self.last = envelope + b'[],"usage":%b}\n\ndata: [DONE]\n\n' % USAGE
+        self.last = frame + b'[],"usage":%b}\n\ndata: [DONE]\n\n' % USAGE
         self.meter = StreamMeter(buffer_bytes_max=BUFFER_BYTES)
         self.call = self._call()
         self.seen = self._seen()
@@ -99,11 +101,7 @@ class World:
         self.receipt = end_call(services, self._open(), Outcome.COMPLETE, found, self.seen).receipt
 
     def _call(self) -> Call:
-        route = self.services.catalog.find(MODEL)
-        assert route is not None
-        price = self.services.prices.at(MODEL, datetime.now(UTC))
-        call = Call(Arrival.now(), self.caller, self.facts, route, price)
-        admission._size_hold(call, False)
+        call = self.prepare()
         call.first_byte_at = time.time()
         return call
 
@@ -112,9 +110,7 @@ class World:
         return self.call
 
     def _seen(self) -> Any:
-        meter = BodyMeter()
-        meter.read(self.answer)
-        return meter.seen
+        return BodyMeter(self.answer).seen
 
     def authenticate(self) -> Coroutine[Any, Any, Caller]:
         return self.services.authenticator.authenticate(self.headers)
@@ -125,18 +121,18 @@ class World:
     def read_facts_long(self) -> object:
         return chat.read_facts(self.long)
 
-    def size_hold(self) -> None:
-        admission._size_hold(self.call, False)
+    def prepare(self) -> Call:
+        return prepare(self.services, Arrival.now(), self.caller, self.facts)
 
     async def admit(self) -> None:
-        call = await admission.admit(self.services, Arrival.now(), self.caller, self.facts)
-        call.is_open = False
+        await admit(self.services, self.call)
+        self.call.is_open = False
 
     def upstream_body(self) -> bytes:
         return chat.upstream_body(self.stream_facts, MODEL)
 
     def meter_body(self) -> None:
-        BodyMeter().read(self.answer)
+        BodyMeter(self.answer)
 
     def meter_chunk(self) -> object:
         return self.meter.feed(self.chunk)
@@ -145,7 +141,7 @@ class World:
         return StreamMeter(buffer_bytes_max=BUFFER_BYTES).feed(self.last)
 
     def bill(self) -> object:
-        return bill_reported(self.call, self.seen, Decimal(0) if self.call.rates is None else None)
+        return bill_reported(self.call, self.seen, None)
 
     def encode_receipt(self) -> bytes:
         return encode_receipt(self.call.new_receipt(Outcome.COMPLETE))
@@ -154,8 +150,8 @@ class World:
         end_call(self.services, self._open(), Outcome.COMPLETE, self.found, self.seen)
 
     def patch_usage(self) -> bytes:
-        new = usage_for_client(self.seen.usage_raw, 123_456, "rcpt_01jd0000000000000000000000")
-        return replace_usage(self.answer, self.seen.usage_raw, new)
+        new = usage_for_client(self.envelope.usage, 123_456, "rcpt_01jd0000000000000000000000")
+        return with_usage(self.answer, self.envelope, new)
 
     def record(self) -> None:
         record(self.services, self.call, self.receipt)

@@ -57,11 +57,12 @@ async def translated() -> AsyncIterator[None]:
         asyncpg.ProgramLimitExceededError,
     ) as exc:
         raise BookRefused(reason=f"{exc.sqlstate}: {exc}") from exc
-    except (ValueError, TypeError, OverflowError) as exc:
-        # asyncpg could not encode an argument; it says so with a ValueError that is also one of
-        # its InterfaceErrors, which mean a broken connection.
-        raise BookRefused(reason=f"{type(exc).__name__}: {exc}") from exc
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as exc:
+    except (
+        OSError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # a connection whose end was not noticed in time
+        asyncpg.PostgresError,
+    ) as exc:
         raise BookUnavailable from exc
 
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -54,7 +55,13 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._ignore_upgrade(data[exc.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "invalid_request", "This is no valid HTTP/1.1 request.")
         if self._in_head and self._head_bytes > self.headers_bytes_max * HEADERS_CUT_FACTOR:
             self._refuse(431, "headers_too_large", "The headers are too large.")
         elif self._head_timer is None and self._is_idle:
@@ -74,13 +81,36 @@ class Protocol(HttpToolsProtocol):
         self.scope["farebox.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # data_received goes on with it
         self._in_head = False
         self._head_bytes = 0
         self._stop_waiting()
         super().on_headers_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "invalid_request", msg)
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Serve a request that offers an upgrade as if it did not: Java's client offers h2c always.
+
+        httptools drops the body of such a request, so its head is parsed again without the offer.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(400, "invalid_request", "This is no proxy.")
+            return
+        offer = {b"upgrade", b"connection", b"http2-settings"}
+        kept = [(name, value) for name, value in self.headers if name not in offer]
+        tokens = b",".join(value for name, value in self.headers if name == b"connection")
+        if b"close" in tokens.lower():
+            kept.append((b"connection", b"close"))
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in kept]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(self.headers_timeout_s, self._head_too_late)
@@ -103,6 +133,9 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not self._is_idle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not self._is_idle and self.cycle.response_started:
             # In the middle of another answer this one would be taken for a part of it.
             self.transport.close()
             return

@@ -51,7 +51,12 @@ ACQUIRE_TIMEOUT_S = 5
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+    except (
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # a connection whose end was not noticed in time
+    ) as exc:
         raise KeysUnavailable from exc
 
 

@@ -79,7 +79,7 @@ async def migrate(url: str, migrations: list[Migration] | None = None) -> list[s
             return await _apply_missing(conn, wanted)
         finally:
             await conn.close(timeout=10)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
         raise MigrationError(f"the database cannot be migrated: {exc}") from exc
 
 

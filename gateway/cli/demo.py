@@ -110,25 +110,31 @@ async def _seed(settings: Settings, folder: Path, book_url: str) -> dict[str, st
     from gateway.embedded.server import write_secret
 
     kept = folder / DEMO_FILE
+    if kept.exists():
+        known: dict[str, str] = json.loads(kept.read_text())
+        if await _is_valid(settings, book_url, known):
+            return known
     async with book_connection(book_url) as conn:
-        if kept.exists():
-            known: dict[str, str] = json.loads(kept.read_text())
-            if await _is_valid(settings, conn, known):
-                return known
         seeded = await _make(settings, conn)
     write_secret(kept, json.dumps(seeded))
     return seeded
 
 
-async def _is_valid(settings: Settings, conn: Any, known: Mapping[str, str]) -> bool:
-    """False when the key was revoked meanwhile, or this is another database or pepper."""
+async def _is_valid(settings: Settings, book_url: str, known: Mapping[str, str]) -> bool:
+    """False when a key was revoked meanwhile, or this is another database or pepper."""
+    from billing.book import open_pool
     from keys.api_key import digest
     from keys.store import find_principals, is_operator
 
-    pepper = settings.keys.pepper.reveal().encode()
-    found = await find_principals(conn, [digest(known["api_key"].encode(), pepper)])
-    operator = await is_operator(conn, [digest(known["operator_key"].encode(), pepper)])
-    return bool(found) and operator
+    pepper, limits = settings.keys.pepper.reveal().encode(), settings.book
+    pool = await open_pool(book_url, 1, limits.connect_timeout_s, limits.statement_timeout_ms)
+    try:
+        found = await find_principals(pool, [digest(known["api_key"].encode(), pepper)])
+        return bool(found) and await is_operator(
+            pool, [digest(known["operator_key"].encode(), pepper)]
+        )
+    finally:
+        await pool.close()
 
 
 async def _make(settings: Settings, conn: Any) -> dict[str, str]:

@@ -17,6 +17,8 @@ NAME = "chat.completions"
 OUTPUT_TOKENS_MAX = 10_000_000
 CHOICES_MAX = 128
 MODEL_LENGTH_MAX = 256
+# Names of keys that are compared before a body counts as ambiguous.
+NAMES_MAX = 1000
 INCLUDE_USAGE = Raw(b'{"include_usage":true}')
 
 # Parsers differ in which of two equal keys they take; these are the ones that cost money.
@@ -64,7 +66,9 @@ ROUTING_KEYS = frozenset(
 )
 # They cost money beyond tokens, and no price for them is in the book.
 UNPRICED_KEYS = frozenset(["web_search_options", "plugins", "search_parameters", "enable_search"])
-_QUOTED = tuple((key, b'"%b"' % key.encode()) for key in (*BILLED_KEYS, *sorted(UNPRICED_KEYS)))
+_WATCHED = (*BILLED_KEYS, *sorted(UNPRICED_KEYS), "include_usage")
+# One pass: counting each key by itself took as long as all the rest.
+_QUOTED = re.compile(b'"(%b)"' % "|".join(_WATCHED).encode())
 _GUARDED = ROUTING_KEYS | UNPRICED_KEYS | frozenset(BILLED_KEYS)
 TIERS_AT_LIST_PRICE = frozenset({b'"auto"', b'"default"', b"null"})
 
@@ -169,9 +173,15 @@ def _collect_text(value: object, texts: list[str]) -> None:
 
 def _has_doubles(body: bytes, fields: dict[str, Raw]) -> bool:
     """True when a key that costs money may be there twice (or its name is used elsewhere, too)."""
-    if any(body.count(quoted) != 1 for key, quoted in _QUOTED if key in fields):
-        return True
-    return "stream_options" in fields and body.count(b'"include_usage"') > 1
+    seen: set[bytes] = set()
+    for number, match in enumerate(_QUOTED.finditer(body)):
+        name = match[1]
+        if number > NAMES_MAX:
+            return True  # it would take long to be sure; being wrong costs one encoding
+        if name in seen and (name == b"include_usage" or name.decode() in fields):
+            return True
+        seen.add(name)
+    return False
 
 
 def _refuse_keys(fields: dict[str, Raw]) -> None:

@@ -5,11 +5,12 @@ import json
 import socket
 import stat
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
-from tests.support.farebox import PEPPER, Done, Running, is_gone, running_demo
+from tests.support.farebox import PEPPER, Done, Running, farebox, is_gone, running_demo
 from tests.support.gateway import eventually
 from tests.support.rawclient import Outcome, RawRequest, chat, exchange
 
@@ -181,6 +182,12 @@ async def test_the_config_tells_where_its_values_come_from(demo: Running) -> Non
         assert done.status == 78
         assert "timeouts.header_s: unknown key (did you mean headers_s?)" in done.err
         assert "server.workers" in done.err
+
+
+async def test_the_version_is_that_of_the_package(demo: Running) -> None:
+    done = await farebox("--version", cwd=demo.cwd)
+
+    assert (done.status, done.out) == (0, f"farebox, version {version('farebox')}\n")
 
 
 async def test_a_second_demo_on_the_same_data_is_refused(demo: Running) -> None:

@@ -15,7 +15,7 @@ from tests.support.farebox import Running, farebox, is_gone, running_demo
 from tests.support.gateway import eventually
 from tests.support.rawclient import chat, connect, exchange
 
-WORDS = 40
+LONG_WORDS = 100
 PACE_MS = 40
 CONFIG = f"""
 [keys]
@@ -25,15 +25,15 @@ open = true
 [providers.slow]
 kind = "echo"
 chunk_delay_ms = {PACE_MS}
-output_tokens = {WORDS}
+output_tokens = {LONG_WORDS}
 [models.slow]
 routes = [{{ provider = "slow" }}]
 price = {{ input_usd_per_mtok = "1", output_usd_per_mtok = "4" }}
 output_tokens_max = 100
 """
 HELLO = {"model": "slow", "messages": [{"role": "user", "content": "hello"}]}
-# Longer than the test is ready to wait: only a signal ends it.
-ENDLESS = {"model": "slow", "messages": [{"role": "user", "content": "word " * WORDS}]}
+# Some seconds: only a signal ends it in time.
+LONG = {"model": "slow", "messages": [{"role": "user", "content": "word " * LONG_WORDS}]}
 PRICE_NANOS = 2 * 4000
 """Of one token of output, with the markup."""
 
@@ -158,7 +158,7 @@ async def test_a_second_signal_settles_what_came_and_ends_at_once(
     demo: Running, folder: Path
 ) -> None:
     pids = family(demo)
-    async with open_stream(demo, ENDLESS):
+    async with open_stream(demo, LONG):
         demo.process.send_signal(signal.SIGINT)
         await draining(demo)
         demo.process.send_signal(signal.SIGINT)
@@ -169,8 +169,21 @@ async def test_a_second_signal_settles_what_came_and_ends_at_once(
     receipts, audit = await receipts_and_audit(folder)
     receipt = receipts[-1]
     assert receipt["outcome"] != "complete"
-    assert 0 < receipt["output_tokens"] < WORDS
+    assert 0 < receipt["output_tokens"] < LONG_WORDS
     assert receipt["price_nanos"] >= receipt["output_tokens"] * PRICE_NANOS
+    assert "open holds" not in audit
+
+
+async def test_a_stream_that_outlasts_the_drain_is_settled_too(folder: Path) -> None:
+    patience = {"FAREBOX_SERVER__DRAIN_TIMEOUT_S": "1"}
+    with running_demo(folder, "--config", "slow.toml", **patience) as demo:
+        async with open_stream(demo, LONG):
+            demo.process.send_signal(signal.SIGTERM)
+            assert await demo.exit_status() == 0
+
+    receipts, audit = await receipts_and_audit(folder)
+    assert [receipt["outcome"] != "complete" for receipt in receipts] == [True]
+    assert 0 < receipts[0]["output_tokens"] < LONG_WORDS
     assert "open holds" not in audit
 
 

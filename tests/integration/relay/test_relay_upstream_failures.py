@@ -61,8 +61,10 @@ async def free_failure(
     return answer, error
 
 
-@STREAMED
-@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize(
+    ("status", "stream"),
+    [*((status, False) for status in STATUSES), *((status, True) for status in (400, 429, 500))],
+)
 async def test_a_status_of_the_provider(relay: Relay, key: str, status: int, stream: bool) -> None:
     answer, error = await free_failure(relay, key, f"status:{status}", stream, "voided")
 

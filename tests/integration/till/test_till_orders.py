@@ -279,7 +279,7 @@ async def test_the_till_agrees_with_an_oracle_after_every_step(till_url: str, se
     async with running_till(till_url, said) as one, running_till(till_url, said) as two, client:
         machine = Machine([one, two], said, seed)
         await one.seed(said.accounts[machine.account_id])
-        for _ in range(400):
+        for _ in range(300):
             await machine.step()
             seen = [await look_with(client, scopes) for scopes in machine.keys]
             machine.check(seen[0], [each.key_open for each in seen])

@@ -206,11 +206,12 @@ def test_the_end_of_a_long_frame_is_not_lost_at_the_end_of_the_body() -> None:
 
 def test_between_the_parts_of_a_long_frame_nothing_may_be_written() -> None:
     meter = StreamMeter(buffer_bytes_max=64)
-    assert not meter.is_mid_frame
-    meter.feed(b"data: " + b"x" * 100)
-    assert meter.is_mid_frame
-    meter.feed(b"\n\n")
-    assert not meter.is_mid_frame
+    seen = []
+    for chunk in (b"data: ", b"x" * 100, b"x", b"\n\n", b"data: "):
+        meter.feed(chunk)
+        seen.append(meter.is_mid_frame)
+
+    assert seen == [False, True, True, False, False]
 
 
 def test_a_body_gives_its_usage_and_its_text() -> None:
