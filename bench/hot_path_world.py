@@ -18,11 +18,11 @@ from config.ids import new_id
 from config.load import load
 from config.secret import Secret
 from config.settings import Log
-from gateway.catalog import config_rates
 from gateway.log import set_up_logging
 from gateway.metrics import Metrics
 from gateway.protocols import chat
 from gateway.protocols.chat_answer import read_answer, usage_for_client, with_usage
+from gateway.rates import config_rates
 from gateway.relay.admit import admit, prepare
 from gateway.relay.authenticate import _Entry
 from gateway.relay.call import Arrival, Call, Caller

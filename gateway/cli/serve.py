@@ -64,7 +64,7 @@ async def serving(
 ) -> AsyncIterator[None]:
     """The workers serve, with these stores, as long as the context is open; drained at its end."""
     from billing.prices_store import sync_config_prices
-    from gateway.catalog import config_rates
+    from gateway.rates import config_rates
 
     settings = with_stores(settings, urls)
     async with book_connection(urls.book_url) as conn:

@@ -6,10 +6,15 @@ cut by a crash is dropped on load.
 Failure: StoreStartFailed with the end of the log.
 """
 
+import asyncio
 import importlib.util
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import hiredis
 
 from gateway.embedded.errors import StoreUnsupported
 from gateway.embedded.identity import hand_over
@@ -61,22 +66,39 @@ class EmbeddedValkey(EmbeddedServer):
 
 
 async def process_id(url: str) -> int | None:
-    """The pid of the server at url, or None while it refuses us or still loads its file."""
-    from redis.asyncio import Redis
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
+    """The pid of the server at url, or None while it refuses us or still loads its file.
 
-    client = Redis.from_url(
-        url, socket_timeout=PROBE_S, socket_connect_timeout=PROBE_S, retry=Retry(NoBackoff(), 0)
-    )
+    Three commands on a bare connection: importing a client library would take longer than
+    starting the server.
+    """
+    parts = urlsplit(url)
+    reader = hiredis.Reader()
     try:
-        await client.ping()  # INFO alone answers while loading
-        return int((await client.info("server"))["process_id"])
-    except RedisError:
+        async with asyncio.timeout(PROBE_S):
+            stream, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            try:
+                # INFO alone answers while loading.
+                for command in (("AUTH", parts.password or ""), ("PING",), ("INFO", "server")):
+                    writer.write(hiredis.pack_command(command))  # type: ignore[arg-type]
+                replies = [await _reply(stream, reader) for _ in range(3)]
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, hiredis.ProtocolError):
         return None
-    finally:
-        await client.aclose()
+    info = replies[-1]
+    if any(isinstance(reply, hiredis.ReplyError) for reply in replies):
+        return None
+    fields = dict(line.partition(":")[::2] for line in info.decode().splitlines())
+    return int(fields["process_id"])
+
+
+async def _reply(stream: asyncio.StreamReader, reader: hiredis.Reader) -> Any:
+    while (reply := reader.gets()) is False:
+        data = await stream.read(65536)
+        if not data:
+            raise ConnectionResetError
+        reader.feed(data)
+    return reply
 
 
 async def answers(url: str) -> bool:

@@ -1,7 +1,6 @@
 """A real gateway on the test's own event loop, and what tests ask of it."""
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,9 +17,9 @@ from config.ids import new_id, read_id
 from config.load import load
 from config.secret import Secret
 from config.settings import Settings
-from gateway.catalog import config_rates
 from gateway.metrics import Metrics
-from gateway.server import make_server
+from gateway.rates import config_rates
+from gateway.server import drain, make_server
 from gateway.services import Services, open_services
 from gateway.supervisor import listen
 from keys.store import KeyTerms, create_key
@@ -168,7 +167,7 @@ async def running_gateway(
         try:
             yield Gateway(services, f"http://127.0.0.1:{port}/v1", book_url)
         finally:
-            server.should_exit = True
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
+            never = asyncio.get_running_loop().create_task(asyncio.Event().wait())
+            await drain(server, serving, never)
+            never.cancel()
             sock.close()

@@ -25,6 +25,8 @@ GATEWAY_BARS = {
     "gateway.relay": (*ABOVE_THE_API, "gateway.api"),
     "gateway.providers": (*ABOVE_THE_API, "gateway.api", "gateway.relay"),
 }
+# The bench is a user of the gateway; only the command that starts it knows of it.
+MAY_IMPORT_BENCH = ("gateway.cli.bench",)
 PROTOCOLS_MAY_IMPORT = ("gateway.protocols", "gateway.errors")
 STAGES = ("authenticate", "admit", "forward", "meter", "settle")
 CALLERS_OF_STAGES = ("pipeline", "reply")
