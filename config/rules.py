@@ -12,7 +12,8 @@ from config.secret import Secret
 from config.settings import Model, Price, Provider
 
 PRICE = re.compile(r"[0-9]{1,7}(\.[0-9]{1,9})?")
-PRICE_MAX = Decimal(1_000_000)
+# billing.money refuses rates beyond this: amounts must fit a bigint.
+PRICE_MAX = Decimal(100_000)
 ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+~-]{0,127}")
 PEPPER_CHARACTERS_MIN = 32
 OBVIOUS = re.compile(

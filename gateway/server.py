@@ -140,9 +140,11 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         error = ApiError(status, code, f"{message} {NOT_CHARGED}")
-        body = error.body(f"req_{id_text(new_id())}")
+        request_id = f"req_{id_text(new_id())}"
+        body = error.body(request_id)
         head = (
             f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: application/json\r\n"
+            f"x-request-id: {request_id}\r\naccess-control-allow-origin: *\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

@@ -19,6 +19,7 @@ from gateway.cli.context import (
 )
 
 LIST_MAX = 1000
+KEY_NAME_MAX = 200
 
 
 def read_uid(text: str) -> UUID:
@@ -180,6 +181,8 @@ def create_key(
     uid = read_uid(account)
     mode = verb_config(config, data_dir).settings.keys.mode
     pepper = pepper_of(config, data_dir)
+    if not 1 <= len(rest["name"]) <= KEY_NAME_MAX:
+        end(2, f"--name must have 1 to {KEY_NAME_MAX} characters")
     terms = KeyTerms(
         name=rest["name"],
         kind=mode,

@@ -73,8 +73,12 @@ def text(column: str, value: object) -> str:
     if value is None:
         return "-"
     if column.endswith("_nanos") and isinstance(value, int):
-        return f"{value} ({credits_text(value)} credits, ${usd_text(value)})"
+        return f"{value} ({credits_text(value)} credits, {_dollars(value)})"
     return readable(str(_scalar(column, value)))
+
+
+def _dollars(nanos: int) -> str:
+    return f"-${usd_text(-nanos)}" if nanos < 0 else f"${usd_text(nanos)}"
 
 
 def _plain(value: object) -> object:

@@ -2,7 +2,13 @@
 
 from datetime import UTC, datetime
 
-from billing.errors import AccountUnknown, BookUnavailable, ReceiptsPending, Refusal
+from billing.errors import (
+    AccountUnknown,
+    BookUnavailable,
+    ReceiptsPending,
+    Refusal,
+    TillUnavailable,
+)
 from billing.prices import Rates
 from billing.quote import CallSize, hold_for, input_ceiling
 from billing.receipts import Outcome, encode_receipt
@@ -40,6 +46,10 @@ async def admit(services: Services, call: Call) -> None:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
     except (Refusal, AccountUnknown, BookUnavailable):
         call.is_open = False
+        raise
+    except TillUnavailable as exc:
+        # What never left this process cannot be held: a till that is down costs no receipts.
+        call.is_open = exc.asked
         raise
 
 

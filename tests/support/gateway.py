@@ -1,7 +1,6 @@
 """A real gateway on the test's own event loop, and what tests ask of it."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -158,8 +157,6 @@ async def running_gateway(
     await sync_config_prices(conn, config_rates(settings))
     await conn.close()
     sock = listen("127.0.0.1", 0)
-    # Accepted sockets inherit it; asyncio's loop sets it only for sockets that say they are TCP.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     port = sock.getsockname()[1]
     async with open_services(settings, Metrics()) as services:
         server = make_server(settings, services)

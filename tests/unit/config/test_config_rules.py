@@ -55,7 +55,7 @@ def test_what_belongs_to_one_kind_is_refused_for_the_other():
     )
 
 
-@pytest.mark.parametrize("price", ["0", "0.000000001", "2.50", "1000000", "1000000.000000000"])
+@pytest.mark.parametrize("price", ["0", "0.000000001", "2.50", "100000", "100000.000000000"])
 def test_a_plain_decimal_is_a_price(price):
     given = {"input_usd_per_mtok": price, "output_usd_per_mtok": price}
 
@@ -70,7 +70,7 @@ def test_a_plain_decimal_is_a_price(price):
     "price",
     [
         *("", "-1", "1e3", "NaN", "Infinity", "1_0", " 1", "1\n", "1,5", "\u0663", ".5", "1."),
-        *("0.0000000001", "1000001", "99999999999", "1000000.000000001", 2.5, 1),
+        *("0.0000000001", "100001", "99999999999", "100000.000000001", 2.5, 1),
     ],
 )
 def test_anything_else_is_not_a_price(price):
