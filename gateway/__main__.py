@@ -2,7 +2,7 @@
 
 import click
 
-from gateway.cli import accounts, audit, demo, receipts, serve, settings
+from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,6 +21,7 @@ main.add_command(accounts.credits)
 main.add_command(accounts.keys)
 main.add_command(receipts.receipts)
 main.add_command(audit.audit)
+main.add_command(bench.bench)
 
 
 if __name__ == "__main__":

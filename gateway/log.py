@@ -49,6 +49,11 @@ def set_up_logging(settings: Log) -> None:
     else:
         handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
+    # What no line of ours shows is not looked up for every record: caller, thread, process.
+    # https://docs.python.org/3/howto/logging.html#optimization
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())

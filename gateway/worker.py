@@ -5,6 +5,7 @@ It says "ready" on stdout when it accepts requests.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -17,6 +18,8 @@ from gateway.log import set_up_logging
 from gateway.supervisor import METRICS_DIR, READY, decode_settings
 
 log = logging.getLogger("gateway.worker")
+
+GC_ALLOCATIONS = 20_000
 
 
 def main() -> int:
@@ -46,9 +49,21 @@ def log_crash(kind: type[BaseException], exc: BaseException, trace: TracebackTyp
 
 
 def say_ready() -> None:
+    settle_memory()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
+
+
+def settle_memory() -> None:
+    """Leave what is there for good out of every later garbage collection, and collect less often.
+
+    A request makes little that needs the cycle collector; at the usual thresholds it walked all
+    of the libraries' objects again and again, at a tenth of a request's CPU.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 50)
 
 
 def raise_file_limit() -> None:
