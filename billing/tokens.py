@@ -6,6 +6,7 @@ never fetched.
 
 import asyncio
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 
@@ -30,6 +31,8 @@ def _encoding() -> tiktoken.Encoding:
 
 def count_tokens(text: str) -> int:
     """Tokens of a text in o200k_base; every special token counts as plain text."""
+    if not text:
+        return 0
     encoding = _encoding()
     counted = text[:COUNTED_CHARS_MAX]
     total = sum(
@@ -45,9 +48,7 @@ class TokenCounter:
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(THREADS_AT_ONCE)
 
-    async def count(self, text: str) -> int:
-        """Tokens of a text. Finishes even if the waiting caller is cancelled."""
-        if not text:
-            return 0
+    async def count(self, read_text: Callable[[], str]) -> int:
+        """Tokens of a text, which is put together in the thread too: it may be large."""
         async with self._slots:
-            return await asyncio.to_thread(count_tokens, text)
+            return await asyncio.to_thread(lambda: count_tokens(read_text()))

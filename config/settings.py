@@ -87,6 +87,7 @@ class Limits(Table, frozen=True, kw_only=True):
     """Bounds on size and concurrency."""
 
     body_bytes_max: Positive = 8 * MIB
+    bodies_bytes_max: Positive = 256 * MIB
     headers_bytes_max: Positive = 16 * KIB
     response_bytes_max: Positive = 32 * MIB
     stream_buffer_bytes_max: Positive = 256 * KIB

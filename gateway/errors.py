@@ -13,7 +13,8 @@ from billing.book import BookRefused
 from billing.money import credits_text, usd_text
 from keys import errors as keys
 
-DOC_URL = "https://github.com/farebox/farebox/blob/main/docs/errors.md#"
+# A path inside this project: it has no public address of its own yet.
+DOC_URL = "docs/errors.md#"
 NOT_CHARGED = "You were not charged."
 RETRY_SOON_S = 1
 RETRY_AFTER_MAX_S = 60

@@ -35,14 +35,30 @@ CUT_OFF_S = 5.0
 REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 
+class _Pipelined(Exception):
+    """A request came before the answer to the one before it."""
+
+
+class _Trailer(Exception):
+    """A header field after the body: it would pass for one that came before it."""
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol with deadlines and bounds for the head of a request."""
+    """uvicorn's protocol with deadlines and bounds for the head of a request.
+
+    One request at a time: what is sent before the answer to the last one is dropped, and the
+    connection closes after that answer. While a queued request kept reading paused, a client that
+    hung up would not be noticed.
+    """
 
     headers_timeout_s = 10.0
     headers_bytes_max = 16 * 1024
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _in_head = True
+    _is_deaf = False
+    _body_parts = 0
+    _bytes_beside_body = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -53,15 +69,20 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
         if self._in_head:
             self._head_bytes += len(data)
         self._unset_keepalive_if_required()
+        body_parts = self._body_parts
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             self._ignore_upgrade(data[exc.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(400, "invalid_request", "This is no valid HTTP/1.1 request.")
+            if not self._is_deaf:
+                self._refuse(400, "invalid_request", "This is no valid HTTP/1.1 request.")
+        self._count_beside_body(len(data), body_parts)
         if self._in_head and self._head_bytes > self.headers_bytes_max * HEADERS_CUT_FACTOR:
             self._refuse(431, "headers_too_large", "The headers are too large.")
         elif self._head_timer is None and self._is_idle:
@@ -72,7 +93,29 @@ class Protocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def _count_beside_body(self, size: int, body_parts: int) -> None:
+        """Chunk extensions and trailers bring no body; unbounded they would go on for ever."""
+        if self._in_head or self._is_idle or self._body_parts != body_parts:
+            self._bytes_beside_body = 0
+            return
+        self._bytes_beside_body += size
+        if self._bytes_beside_body > self.headers_bytes_max * HEADERS_CUT_FACTOR:
+            self._refuse(431, "headers_too_large", "The trailers are too large.")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_parts += 1
+        super().on_body(body)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            raise _Trailer
+        super().on_header(name, value)
+
     def on_message_begin(self) -> None:
+        if not self._is_idle:
+            self._is_deaf = True
+            self.cycle.keep_alive = False
+            raise _Pipelined
         super().on_message_begin()
         self._in_head = True
         if self._head_timer is None:

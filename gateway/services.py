@@ -20,6 +20,7 @@ from gateway.catalog import Catalog, build_catalog
 from gateway.metrics import Metrics, watch_loop
 from gateway.providers.http import HttpClient
 from gateway.relay.authenticate import Authenticator
+from gateway.relay.http_in import Bodies
 from gateway.supervise import Tasks
 
 log = logging.getLogger("gateway.services")
@@ -66,6 +67,7 @@ class Services:
             on_result=metrics.count_settlements,
         )
         self.is_draining = False
+        self.bodies = Bodies(settings.limits.bodies_bytes_max)
         self.open_calls = 0
         self.drains = 0
 

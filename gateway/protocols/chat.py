@@ -72,11 +72,18 @@ _QUOTED = re.compile(b'"(%b)"' % "|".join(_WATCHED).encode())
 _GUARDED = ROUTING_KEYS | UNPRICED_KEYS | frozenset(BILLED_KEYS)
 TIERS_AT_LIST_PRICE = frozenset({b'"auto"', b'"default"', b"null"})
 
+# Tools that the client runs; the provider only writes the call, in tokens.
+TOOLS_RUN_BY_CLIENTS = frozenset({"function", "custom"})
+SWARM_BYTES_MIN = 64 * 1024
+ELEMENTS_MAX = 100_000
+NAMED_MAX = 300_000
+
 _top = msgspec.json.Decoder(dict[str, Raw])
 _text = msgspec.json.Decoder(str)
 _options = msgspec.json.Decoder(dict[str, Raw])
 _modalities = msgspec.json.Decoder(list[str] | None)
 _INTEGER = re.compile(rb"\d{1,9}")
+_CONTENT_PARTS = re.compile(rb'"content"\s*:\s*[\[{]')
 
 
 class _Message(msgspec.Struct):
@@ -88,12 +95,14 @@ class _Part(msgspec.Struct):
 
 
 _messages = msgspec.json.Decoder(list[_Message])
+_tools = msgspec.json.Decoder(list[_Part] | None)
 _parts = msgspec.json.Decoder(list[Raw])
 _part = msgspec.json.Decoder(_Part)
 
 
 def read_facts(body: bytes) -> CallFacts:
     """The facts of a request. Raises ApiError 400, naming the parameter."""
+    _refuse_swarm(body)
     try:
         if not body.isascii():
             body.decode()  # the decoder looks only at what it reads; later steps rely on UTF-8
@@ -101,6 +110,7 @@ def read_facts(body: bytes) -> CallFacts:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise invalid(f"The body is no valid JSON object: {exc}.") from exc
     _refuse_keys(fields)
+    _refuse_tools(fields)
     hidden = _HIDDEN_ASCII.search(body) is not None
     options = _stream_options(fields)
     image_parts, image_bytes = _count_images(fields, hidden)
@@ -130,15 +140,21 @@ def upstream_body(facts: CallFacts, upstream_model: str) -> bytes:
     Values keep their bytes; usage is always asked for in streams; when a billed key was ambiguous
     the body is written from what we read, so that the provider reads the same.
     """
-    ask_usage = facts.stream and (facts.ambiguous or not facts.wants_usage)
+    # Other spellings of include_usage would undo it: they are not passed on.
+    ask_usage = facts.stream and (facts.ambiguous or not facts.wants_usage or _respelt(facts))
     if not (ask_usage or facts.ambiguous or upstream_model != facts.model):
         return facts.body
     fields = dict(facts.fields)
     fields["model"] = Raw(msgspec.json.encode(upstream_model))
     if ask_usage:
-        options = facts.stream_options | {"include_usage": Raw(b"true")}
+        kept = {k: v for k, v in facts.stream_options.items() if k.casefold() != "include_usage"}
+        options = kept | {"include_usage": Raw(b"true")}
         fields["stream_options"] = Raw(msgspec.json.encode(options))
     return msgspec.json.encode(fields)
+
+
+def _respelt(facts: CallFacts) -> bool:
+    return any(k != "include_usage" == k.casefold() for k in facts.stream_options)
 
 
 def prompt_text(facts: CallFacts) -> str:
@@ -184,12 +200,34 @@ def _has_doubles(body: bytes, fields: dict[str, Raw]) -> bool:
     return False
 
 
+def _refuse_swarm(body: bytes) -> None:
+    """Millions of tiny elements would hold the event loop for seconds; no prompt has that many."""
+    if len(body) < SWARM_BYTES_MIN:
+        return
+    if body.count(b"{") + body.count(b"[") > ELEMENTS_MAX or body.count(b'":') > NAMED_MAX:
+        raise invalid(f"The body has more than {ELEMENTS_MAX} objects and lists.")
+
+
+def _refuse_tools(fields: dict[str, Raw]) -> None:
+    """Tools that the provider runs itself cost money by the call."""
+    try:
+        tools = _tools.decode(fields.get("tools", b"null")) or []
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise invalid("'tools' must be a list of objects.", "tools") from exc
+    for tool in tools:
+        if tool.type not in TOOLS_RUN_BY_CLIENTS:
+            message = f"Tools of type '{tool.type[:64]}' have no price here."
+            raise invalid(message, "tools", "unpriced_parameter")
+
+
 def _refuse_keys(fields: dict[str, Raw]) -> None:
     for key in fields:
         # Go's decoder takes MAX_TOKENS for max_tokens.
         folded = key.casefold()
         if folded != key and folded in _GUARDED:
             raise invalid(f"'{key[:64]}' must be written '{folded}'.", folded)
+        if "_cost" in folded:  # LiteLLM lets a request set its own prices
+            raise invalid(f"'{key[:64]}' is not supported here.", None, "unsupported_parameter")
     for key in ROUTING_KEYS & fields.keys():
         raise invalid(f"'{key}' is not supported here.", key, "unsupported_parameter")
     for key in UNPRICED_KEYS & fields.keys():
@@ -249,15 +287,19 @@ def _stream_options(fields: dict[str, Raw]) -> dict[str, Raw]:
 
 def _wants_audio(fields: dict[str, Raw]) -> bool:
     try:
-        return "audio" in (_modalities.decode(fields.get("modalities", b"null")) or ())
+        modalities = _modalities.decode(fields.get("modalities", b"null")) or []
     except msgspec.DecodeError as exc:
         raise invalid("'modalities' must be a list of strings.", "modalities") from exc
+    if not {"text", "audio"}.issuperset(modalities):
+        message = "Only the modalities 'text' and 'audio' have a price here."
+        raise invalid(message, "modalities", "unpriced_parameter")
+    return "audio" in modalities
 
 
 def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
     """(image parts, their bytes). Only text and images have a price; other parts are refused."""
     raw = fields.get("messages")
-    if raw is None or not (hidden or b'"type"' in bytes(raw)):
+    if raw is None or not (hidden or _CONTENT_PARTS.search(bytes(raw))):
         return 0, 0
     try:
         messages = _messages.decode(raw)
@@ -267,7 +309,7 @@ def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
         raise invalid(f"'messages' is malformed: {exc}.", "messages") from exc
     for kind, _ in kinds:
         if kind not in {"text", "refusal", "image_url"}:
-            message = f"Content of type '{kind}' has no price here."
+            message = f"Content of type '{kind[:64]}' has no price here."
             raise invalid(message, "messages", "unpriced_parameter")
     images = [size for kind, size in kinds if kind == "image_url"]
     return len(images), sum(images)

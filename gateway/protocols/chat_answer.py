@@ -29,12 +29,19 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
+    total_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
 
 
+class _CostDetails(msgspec.Struct):
+    upstream_inference_cost: Raw = Raw(_NULL)
+
+
 class _Cost(msgspec.Struct):
     cost: Raw = Raw(_NULL)
+    is_byok: bool | None = None
+    cost_details: _CostDetails | None = None
 
 
 class Answer(msgspec.Struct):
@@ -122,13 +129,17 @@ def _read_counts(raw: Raw) -> Usage | None:
         return None
     prompt = counts.prompt_tokens_details or _Details()
     completion = counts.completion_tokens_details or _Details()
+    # xAI and Gemini's compatible endpoint leave reasoning out of completion_tokens but not out of
+    # the total: https://docs.x.ai/docs/guides/reasoning
+    beyond = (counts.total_tokens or 0) - counts.prompt_tokens - counts.completion_tokens
+    beyond = max(beyond, 0) if min(counts.prompt_tokens, counts.completion_tokens) >= 0 else 0
     usage = Usage(
         input_tokens=counts.prompt_tokens,
-        output_tokens=counts.completion_tokens,
+        output_tokens=counts.completion_tokens + beyond,
         cached_tokens=prompt.cached_tokens or 0,
         cache_write_tokens=prompt.cache_write_tokens or 0,
         audio_input_tokens=prompt.audio_tokens or 0,
-        reasoning_tokens=completion.reasoning_tokens or 0,
+        reasoning_tokens=max(completion.reasoning_tokens or 0, beyond),
         audio_output_tokens=completion.audio_tokens or 0,
     )
     if min(msgspec.structs.astuple(usage)) < 0:
@@ -139,9 +150,20 @@ def _read_counts(raw: Raw) -> Usage | None:
 def _read_cost(raw: Raw) -> Decimal | None:
     """`usage.cost` from its own digits: a float in between would change the amount."""
     try:
-        text = bytes(_cost.decode(raw).cost).decode().strip('"')
+        told = _cost.decode(raw)
+        cost = _read_usd(told.cost)
+        if not told.is_byok:
+            return cost
+        # OpenRouter with the operator's own provider key: `cost` is only its fee, often 0.
+        # https://openrouter.ai/docs/use-cases/byok
+        behind = _read_usd((told.cost_details or _CostDetails()).upstream_inference_cost)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
+    return None if cost is None or behind is None else cost + behind
+
+
+def _read_usd(raw: Raw) -> Decimal | None:
+    text = bytes(raw).decode().strip('"')
     return None if text == "null" else read_reported_usd(text)
 
 

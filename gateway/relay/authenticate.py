@@ -58,6 +58,7 @@ class Authenticator:
         self._limits = settings.limits
         self._pool = pool
         self._tasks = tasks
+        self._prefix = f"fb_{keys.mode}_".encode()
         self._peppers = [pepper.reveal().encode() for pepper in (keys.pepper,) if pepper]
         if keys.pepper_previous:
             self._peppers.append(keys.pepper_previous.reveal().encode())
@@ -73,6 +74,8 @@ class Authenticator:
         key = credential_of(headers)
         if not is_well_formed(key) or key.startswith(b"fb_op_"):
             raise KeyMalformed
+        if not key.startswith(self._prefix):
+            raise KeyInvalid  # of a test gateway at a live one, or the other way round
         sealed = digest(key, self._peppers[0])
         entry = self._entries.get(sealed)
         age_s = time.monotonic() - entry.found_at if entry is not None else self._ttl_s

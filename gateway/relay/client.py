@@ -1,9 +1,12 @@
 """The client's end of one answer: what was sent, and whether anybody is still there."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 from gateway.relay.http_in import Header, Receive, Scope, Send
 from gateway.relay.watchdog import DeadlineMissed, Watchdog
+
+log = logging.getLogger("gateway.relay")
 
 
 class Client:
@@ -64,6 +67,10 @@ class Client:
             self._lose()
             if self._abort is not None:
                 self._abort()
+        except (OSError, RuntimeError) as exc:
+            # The connection went between its loss and our being told: uvloop refuses the write.
+            log.warning("client.send_failed", extra={"error": str(exc)})
+            self._lose()
 
     def _lose(self) -> None:
         if not self.gone:

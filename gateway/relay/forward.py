@@ -132,4 +132,4 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
 
 def _retry_after_s(reply: UpstreamReply) -> int:
     text = reply.headers.get("retry-after", "")
-    return max(1, min(int(text), RETRY_AFTER_MAX_S)) if text.isdecimal() else 5
+    return max(1, min(int(text), RETRY_AFTER_MAX_S)) if text.isdecimal() and len(text) < 10 else 5

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
-from gateway.errors import NOT_CHARGED, ApiError, invalid
+from gateway.errors import NOT_CHARGED, ApiError, invalid, unavailable
 from gateway.relay.call import Arrival
 
 Scope = MutableMapping[str, Any]
@@ -65,10 +65,28 @@ def note_labels(arrival: Arrival, headers: Mapping[bytes, bytes]) -> None:
         arrival.client_retry_count = min(int(retries[:9]), RETRIES_MAX)
 
 
+class Bodies:
+    """Bytes of the request bodies that are still arriving, of one worker, and their bound."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises ApiError 503 when that is too much."""
+        if self.bytes + size > self._bytes_max:
+            raise unavailable("The gateway is reading too many large requests.")
+        self.bytes += size
+
+
 async def read_body(
-    receive: Receive, headers: Mapping[bytes, bytes], bytes_max: int, timeout_s: float
+    receive: Receive,
+    headers: Mapping[bytes, bytes],
+    bytes_max: int,
+    timeout_s: float,
+    bodies: Bodies,
 ) -> bytes:
-    """The whole body. Raises ApiError 413 or 400, or ClientLeft."""
+    """The whole body. Raises ApiError 413, 400 or 503, or ClientLeft."""
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > bytes_max:
         raise _too_large(bytes_max)
@@ -79,14 +97,20 @@ async def read_body(
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + timeout_s
     parts, size = [body], len(body)
-    while message.get("more_body", False):
-        message = await receive_within(receive, ends_at - loop.time())
-        part: bytes = message.get("body", b"")
-        parts.append(part)
-        size += len(part)
-        if size > bytes_max:
-            raise _too_large(bytes_max)
-    return b"".join(parts)
+    counted = 0
+    try:
+        while message.get("more_body", False):
+            message = await receive_within(receive, ends_at - loop.time())
+            part: bytes = message.get("body", b"")
+            bodies.add(len(part))
+            counted += len(part)
+            parts.append(part)
+            size += len(part)
+            if size > bytes_max:
+                raise _too_large(bytes_max)
+        return b"".join(parts)
+    finally:
+        bodies.bytes -= counted
 
 
 async def receive_within(receive: Receive, timeout_s: float) -> Message:

@@ -60,8 +60,9 @@ async def _prepared(services: Services, arrival: Arrival, scope: Scope, receive:
     check_headers(scope, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
     note_labels(arrival, headers)
+    limits, timeouts = settings.limits, settings.timeouts
     body = await read_body(
-        receive, headers, settings.limits.body_bytes_max, settings.timeouts.body_s
+        receive, headers, limits.body_bytes_max, timeouts.body_s, services.bodies
     )
     return prepare(services, arrival, caller, chat.read_facts(body))
 

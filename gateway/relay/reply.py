@@ -91,7 +91,7 @@ class Reply:
     async def _upstream_failed(self, exc: UpstreamFailed) -> None:
         facts = {"request_id": self.call.request_id, "provider": self.call.route.provider}
         log.warning("upstream.failed", extra={**facts, "reason": exc.reason})
-        if self.client.gone and self.seen.text():
+        if self.client.gone and (self.client.head_sent or self.seen.text()):
             self._is_cut_off = True  # what came before it failed is charged
             return
         outcome = Outcome.UPSTREAM_FAILED if exc.may_have_billed else Outcome.VOIDED
@@ -140,7 +140,9 @@ class Reply:
         """
         outcome, bill = Outcome.UPSTREAM_FAILED, VOID
         try:
-            if self._is_cut_off or self.client.gone:
+            # Text that was delivered is paid for, whatever went wrong behind it.
+            was_delivered = self.client.head_sent and self.seen.text()
+            if self._is_cut_off or self.client.gone or was_delivered:
                 outcome = Outcome.CLIENT_LEFT
                 bill = await self.bill()
         finally:

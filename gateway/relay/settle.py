@@ -65,8 +65,8 @@ async def bill_counted(
     """The bill by our own count of what was asked and of what came."""
     said = seen.text()
     usage = Usage(
-        input_tokens=await counter.count(prompt_text(call.facts)),
-        output_tokens=await counter.count(said) + seen.chars_beyond // CHARS_PER_TOKEN,
+        input_tokens=await counter.count(lambda: prompt_text(call.facts)),
+        output_tokens=await counter.count(lambda: said) + seen.chars_beyond // CHARS_PER_TOKEN,
     )
     return _bill(call, usage, UsageSource.COUNTED, _reported_usd(call, seen, header_usd))
 
