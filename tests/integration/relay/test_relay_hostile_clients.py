@@ -111,3 +111,15 @@ async def holds(gateway: Gateway, size: int) -> bool | None:
 
 async def is_empty(gateway: Gateway) -> bool | None:
     return gateway.services.bodies.bytes == 0 or None
+
+
+async def test_a_live_key_does_not_work_on_a_test_gateway(gateway: Gateway) -> None:
+    body = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
+    statuses = []
+    for kind in ("test", "live"):
+        key = await gateway.key(kind=kind)
+        async with connect(gateway.base_url) as conn:
+            await conn.send(chat(key, body))
+            statuses.append((await conn.head()).status)
+
+    assert statuses == [200, 401]
