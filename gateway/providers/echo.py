@@ -6,7 +6,7 @@ can be checked by hand. Delay, pace and length come from config.
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -41,10 +41,19 @@ class EchoReply:
         self, status: int, content_type: str, pieces: list[bytes], pause_s: float = 0
     ) -> None:
         self.status = status
-        self.headers: Mapping[str, str] = {"content-type": content_type}
+        self._headers = {"content-type": content_type}
         self._pieces = pieces[::-1]
         self._pause_s = pause_s
         self._due = time.monotonic()
+
+    def header(self, name: str) -> str | None:
+        return self._headers.get(name)
+
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        while piece := await self.read():
+            if not take(piece):
+                return True
+        return False
 
     async def read(self) -> bytes:
         # A point in time, not a pause: whoever cancels and reads again waits no longer for it.

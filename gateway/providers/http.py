@@ -5,7 +5,7 @@ was not asked for. Deadlines are the relay's; only connecting has one of its own
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import aiohttp
 
@@ -21,16 +21,24 @@ _NOTHING_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, a
 class HttpReply:
     """An aiohttp response as an UpstreamReply."""
 
-    __slots__ = ("_content", "_inflate", "_response", "headers", "status")
+    __slots__ = ("_content", "_inflate", "_response", "status")
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._content = response.content
         self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
         encoding = response.headers.get("content-encoding", "identity").lower()
         # 47: zlib or gzip, whichever it is. Some providers compress although told not to.
         self._inflate = zlib.decompressobj(47) if encoding in {"gzip", "deflate"} else None
+
+    def header(self, name: str) -> str | None:
+        return self._response.headers.get(name)
+
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        while piece := await self.read():
+            if not take(piece):
+                return True
+        return False
 
     async def read(self) -> bytes:
         inflate = self._inflate

@@ -1,6 +1,6 @@
 """What the relay needs of a provider, and nothing of how it is reached."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -32,12 +32,23 @@ class UpstreamReply(Protocol):
     """An answer whose head has arrived."""
 
     status: int
-    headers: Mapping[str, str]
+
+    def header(self, name: str) -> str | None:
+        """The first header of that lower-case name; bytes that are no UTF-8 come as surrogates."""
 
     async def read(self) -> bytes:
         """The next bytes of the body as they arrive, b'' at its proper end.
 
         Cancelling loses no bytes. Raises UpstreamFailed when the body broke off.
+        """
+
+    async def pump(self, take: Callable[[bytes], bool]) -> bool:
+        """Hand each piece of the body to take at the moment it arrives, without waking the caller.
+
+        Returns True as soon as take said False (it has that piece; the rest waits for the next
+        pump or read), False at the body's proper end. take is called from the event loop, must
+        not block and must not raise. Not while another read or pump is under way. Cancelling
+        loses no bytes. Raises UpstreamFailed when the body broke off.
         """
 
     def close(self) -> None:

@@ -54,14 +54,14 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
     reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
     call.upstream_wait_s = time.monotonic() - began
     # Bytes that are no text come as surrogates, which fit into no receipt.
-    provider_id = reply.headers.get("x-request-id", "")[:256]
+    provider_id = (reply.header("x-request-id") or "")[:256]
     call.upstream_request_id = provider_id if provider_id.isprintable() else ""
     return reply
 
 
 def cost_in_header(reply: UpstreamReply) -> Decimal | None:
     """The cost in USD that LiteLLM writes into a header of its answers."""
-    text = reply.headers.get(COST_HEADER)
+    text = reply.header(COST_HEADER)
     return None if text is None else read_reported_usd(text.strip())
 
 
@@ -131,5 +131,5 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
 
 
 def _retry_after_s(reply: UpstreamReply) -> int:
-    text = reply.headers.get("retry-after", "")
+    text = reply.header("retry-after") or ""
     return max(1, min(int(text), RETRY_AFTER_MAX_S)) if text.isdecimal() and len(text) < 10 else 5

@@ -78,7 +78,7 @@ class Reply:
                 await self.fail(await read_error(self.upstream, self.dog), Outcome.VOIDED)
                 return
             self.header_usd = cost_in_header(self.upstream)
-            content_type = self.upstream.headers.get("content-type", "").lower()
+            content_type = (self.upstream.header("content-type") or "").lower()
             if content_type.startswith("text/event-stream"):
                 await relay_stream(self)
             else:
