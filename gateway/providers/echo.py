@@ -49,6 +49,9 @@ class EchoReply:
     def header(self, name: str) -> str | None:
         return self._headers.get(name)
 
+    def whole(self) -> bytes | None:
+        return None
+
     async def pump(self, take: Callable[[bytes], bool]) -> bool:
         while piece := await self.read():
             if not take(piece):

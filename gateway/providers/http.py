@@ -1,104 +1,98 @@
-"""The pooled HTTP client of the hot path: the only door to aiohttp.
+"""The HTTP/1.1 client of the hot path.
 
 Answers come as they are: no redirects, no cookies, no environment proxies, no decompression that
-was not asked for. Deadlines are the relay's; only connecting has one of its own.
+was not needed. A request is sent once and never repeated. Deadlines are the relay's; only
+connecting has one of its own.
+Failure: UpstreamFailed.
 """
 
-import zlib
-from collections.abc import Callable, Mapping
+import asyncio
+import ssl
+from collections.abc import Mapping
 
-import aiohttp
+from gateway.providers.http_pool import Pool
+from gateway.providers.http_reply import HttpReply
+from gateway.providers.http_target import Origin, read_url, request_head
 
-from gateway.providers.upstream import UpstreamFailed
-
-# A gzip bomb is inflated piece by piece, so that the relay's bounds apply.
-DECODED_CHUNK_MAX = 1024 * 1024
-READ_BUFFER_BYTES = 256 * 1024
-# A refused or unresolved connection carried nothing; after it was made, anything may have arrived.
-_NOTHING_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
+IDLE_S = 30.0
 
 
-class HttpReply:
-    """An aiohttp response as an UpstreamReply."""
+class Target:
+    """One URL with its headers, ready to be sent."""
 
-    __slots__ = ("_content", "_inflate", "_response", "status")
+    __slots__ = ("head", "pool")
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self._content = response.content
-        self.status = response.status
-        encoding = response.headers.get("content-encoding", "identity").lower()
-        # 47: zlib or gzip, whichever it is. Some providers compress although told not to.
-        self._inflate = zlib.decompressobj(47) if encoding in {"gzip", "deflate"} else None
-
-    def header(self, name: str) -> str | None:
-        return self._response.headers.get(name)
-
-    async def pump(self, take: Callable[[bytes], bool]) -> bool:
-        while piece := await self.read():
-            if not take(piece):
-                return True
-        return False
-
-    async def read(self) -> bytes:
-        inflate = self._inflate
-        try:
-            if inflate is not None and inflate.unconsumed_tail:
-                return self._inflated(inflate.unconsumed_tail)
-            while chunk := await self._content.readany():
-                data = chunk if inflate is None else self._inflated(chunk)
-                if data:
-                    return data
-        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as exc:
-            reason = f"the answer broke off: {type(exc).__name__}"
-            raise UpstreamFailed(reason, may_have_billed=True) from exc
-        if inflate is not None and not inflate.eof:
-            raise UpstreamFailed("the compressed answer broke off", may_have_billed=True)
-        return b""
-
-    def _inflated(self, chunk: bytes) -> bytes:
-        """At most DECODED_CHUNK_MAX bytes of it; the rest waits in `unconsumed_tail`."""
-        assert self._inflate is not None
-        try:
-            return self._inflate.decompress(chunk, DECODED_CHUNK_MAX)
-        except zlib.error as exc:
-            raise UpstreamFailed("the answer is badly compressed", may_have_billed=True) from exc
-
-    def close(self) -> None:
-        if self._content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
+    def __init__(self, pool: Pool, head: bytes) -> None:
+        self.pool = pool
+        self.head = head
 
 
 class HttpClient:
-    """A connection pool shared by all providers of a worker."""
+    """Connections shared by all providers of a worker. Made inside a running loop, closed once."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            read_bufsize=READ_BUFFER_BYTES,
-            max_line_size=16 * 1024,
-            max_field_size=16 * 1024,
-        )
+    def __init__(
+        self,
+        connect_timeout_s: float,
+        *,
+        idle_s: float = IDLE_S,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls` replaces the usual trust (the system's certificates, SSL_CERT_FILE)."""
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_s = idle_s
+        self._tls = tls
+        self._pools: dict[Origin, Pool] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._is_closed = False
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> HttpReply:
-        """POST and wait for the head. Raises UpstreamFailed."""
+    def target(self, url: str, headers: Mapping[str, str]) -> Target:
+        """Prepare POSTs to a URL. Raises ValueError, which shows no value of a header."""
+        origin, path = read_url(url)
+        head = request_head(origin, path, headers)
+        pool = self._pools.get(origin)
+        if pool is None:
+            tls = self._trust() if origin.is_tls else None
+            pool = self._pools[origin] = Pool(origin, tls)
+        return Target(pool, head)
+
+    async def post(self, target: Target, body: bytes) -> HttpReply:
+        """POST and wait for the head. Raises UpstreamFailed. Cancelling closes the connection."""
+        connection = target.pool.pick()
+        if connection is None:
+            self._keep_sweeping()
+            connection = await target.pool.connect(self._connect_timeout_s)
+        waiter = connection.send(target.head, body)
         try:
-            response = await self._session.post(
-                url, data=body, headers=headers, allow_redirects=False
-            )
-        except _NOTHING_SENT as exc:
-            reason = f"no connection: {type(exc).__name__}"
-            raise UpstreamFailed(reason, may_have_billed=False) from exc
-        except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-            reason = f"no answer: {type(exc).__name__}"
-            raise UpstreamFailed(reason, may_have_billed=True) from exc
-        return HttpReply(response)
+            return await waiter
+        except asyncio.CancelledError:
+            connection.give_up(waiter)
+            raise
 
     async def close(self) -> None:
-        await self._session.close()
+        """Close all connections; what is under way fails."""
+        self._is_closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for pool in self._pools.values():
+            await pool.close()
+
+    def _trust(self) -> ssl.SSLContext:
+        if self._tls is None:
+            # Reads all certificates of the system, so it is made when one is needed.
+            self._tls = ssl.create_default_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
+
+    def _keep_sweeping(self) -> None:
+        if self._sweeper is None and not self._is_closed:
+            loop = asyncio.get_running_loop()
+            self._sweeper = loop.call_later(self._idle_s / 4, self._sweep)
+
+    def _sweep(self) -> None:
+        """One timer for all connections, and none while there are no connections."""
+        self._sweeper = None
+        idle_before = asyncio.get_running_loop().time() - self._idle_s
+        for pool in self._pools.values():
+            pool.sweep(idle_before)
+        if not all(pool.is_empty for pool in self._pools.values()):
+            self._keep_sweeping()

@@ -4,14 +4,15 @@ from config.settings import Provider
 from gateway.providers.http import HttpClient
 from gateway.providers.upstream import UpstreamReply, UpstreamRequest
 
+PATHS = ("/chat/completions",)
+
 
 class OpenAIUpstream:
     """One base URL and one key. What the client sent in headers does not go upstream."""
 
     def __init__(self, provider: Provider, client: HttpClient) -> None:
-        self._base_url = provider.base_url.rstrip("/")
-        self._client = client
-        self._headers = {
+        """Raises ValueError for a base URL or a key that cannot be sent."""
+        headers = {
             "accept": "application/json, text/event-stream",
             # Usage is found in the bytes of the answer, so they must not be compressed.
             "accept-encoding": "identity",
@@ -19,10 +20,13 @@ class OpenAIUpstream:
             "user-agent": "farebox",
         }
         if provider.key:
-            self._headers["authorization"] = f"Bearer {provider.key.reveal()}"
+            headers["authorization"] = f"Bearer {provider.key.reveal()}"
+        self._client = client
+        base_url = provider.base_url.rstrip("/")
+        self._targets = {path: client.target(base_url + path, headers) for path in PATHS}
 
     async def send(self, request: UpstreamRequest) -> UpstreamReply:
-        return await self._client.post(self._base_url + request.path, self._headers, request.body)
+        return await self._client.post(self._targets[request.path], request.body)
 
     async def close(self) -> None:
         """The client is shared and closed by its owner."""

@@ -36,6 +36,9 @@ class UpstreamReply(Protocol):
     def header(self, name: str) -> str | None:
         """The first header of that lower-case name; bytes that are no UTF-8 come as surrogates."""
 
+    def whole(self) -> bytes | None:
+        """All of the body when it is there already and nothing of it was read, else None."""
+
     async def read(self) -> bytes:
         """The next bytes of the body as they arrive, b'' at its proper end.
 

