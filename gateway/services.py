@@ -21,6 +21,7 @@ from gateway.metrics import Metrics, watch_loop
 from gateway.providers.http import HttpClient
 from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
+from gateway.relay.watchdog import Watchdogs
 from gateway.supervise import Tasks
 
 log = logging.getLogger("gateway.services")
@@ -65,8 +66,10 @@ class Services:
             batch_max=settings.book.commit_batch_max,
             pending_max=settings.book.receipts_pending_max,
             on_result=metrics.count_settlements,
+            gather_s=settings.book.commit_gather_ms / 1000,
         )
         self.is_draining = False
+        self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)
         self.open_calls = 0
         self.drains = 0

@@ -7,10 +7,10 @@ from billing.money import usd_text
 from billing.receipts import Outcome
 from billing.usage import UsageSource
 from gateway.errors import NOT_CHARGED, upstream_error
+from gateway.http1.exchange import Header
 from gateway.protocols.chat_answer import Answer, usage_for_client, usage_object, with_usage
 from gateway.providers.upstream import UpstreamFailed
 from gateway.relay.forward import error_in_answer
-from gateway.relay.http_in import Header
 from gateway.relay.meter import BodyMeter
 from gateway.relay.settle import Bill, wait_settled
 from gateway.relay.watchdog import DeadlineMissed
@@ -36,13 +36,17 @@ async def relay_body(reply: "Reply") -> None:
     bill = await reply.bill()
     available = await wait_settled(reply.settle(Outcome.COMPLETE, bill))
     body = _with_price(body, answer, bill, f"rcpt_{reply.call.request_id}")
-    await reply.client.head(200, _headers(reply, len(body), bill, available))
-    await reply.client.body(body, more=False)
+    reply.client.head(200, _headers(reply, len(body), bill, available))
+    reply.client.last(body)
 
 
 async def _read_all(reply: "Reply") -> bytes:
     assert reply.upstream is not None
     settings, call = reply.services.settings, reply.call
+    if (body := reply.upstream.whole()) is not None:
+        call.first_byte_at = time.time()
+        _check_size(len(body), settings.limits.response_bytes_max)
+        return body
     chunk_s, bytes_max = settings.timeouts.upstream_chunk_s, settings.limits.response_bytes_max
     parts: list[bytes] = []
     size = drained = 0
@@ -56,11 +60,15 @@ async def _read_all(reply: "Reply") -> bytes:
             drained += len(chunk)
             if drained > settings.limits.drain_bytes_max:
                 raise DeadlineMissed
-        if size > bytes_max:
-            reason = f"the answer is larger than {bytes_max} bytes"
-            raise UpstreamFailed(reason, may_have_billed=True)
+        _check_size(size, bytes_max)
     call.upstream_wait_s += time.monotonic() - began
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _check_size(size: int, bytes_max: int) -> None:
+    if size > bytes_max:
+        reason = f"the answer is larger than {bytes_max} bytes"
+        raise UpstreamFailed(reason, may_have_billed=True)
 
 
 def _with_price(body: bytes, answer: Answer, bill: Bill, receipt_id: str) -> bytes:

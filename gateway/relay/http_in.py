@@ -1,18 +1,12 @@
-"""The client's side of ASGI: headers, body, answers. No money here."""
+"""The client's side of a request: headers, body, answers. No money here."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from gateway.errors import NOT_CHARGED, ApiError, invalid, unavailable
+from gateway.http1.exchange import Exchange, Header
 from gateway.relay.call import Arrival
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Header = tuple[bytes, bytes]
 
 EXPOSED = (
     b"x-request-id, x-receipt-id, x-farebox-overhead-ms, x-cost-usd, x-balance-usd, retry-after"
@@ -35,21 +29,18 @@ class ClientLeft(Exception):
     """The client hung up before its request was complete."""
 
 
-def header_map(scope: Scope) -> dict[bytes, bytes]:
-    """Headers by lower-case name; the server gives them in lower case."""
-    return dict(scope["headers"])
-
-
-def check_headers(scope: Scope, headers: Mapping[bytes, bytes], bytes_max: int) -> None:
+def check_headers(exchange: Exchange, headers: Mapping[bytes, bytes], bytes_max: int) -> None:
     """Refuse headers that are too large, and bodies that are compressed or not JSON."""
-    if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > bytes_max:
+    if exchange.head_bytes > bytes_max and (
+        sum(len(name) + len(value) + 4 for name, value in exchange.headers) > bytes_max
+    ):
         message = f"The headers are larger than {bytes_max} bytes. {NOT_CHARGED}"
         raise ApiError(431, "headers_too_large", message)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         message = f"Compressed request bodies are not accepted. {NOT_CHARGED}"
         raise ApiError(415, "unsupported_encoding", message)
-    content_type = headers.get(b"content-type", b"application/json").lower()
-    if not content_type.startswith(b"application/json"):
+    content_type = headers.get(b"content-type", b"application/json")
+    if not content_type.lower().startswith(b"application/json"):
         message = f"The body must be JSON: send 'Content-Type: application/json'. {NOT_CHARGED}"
         raise ApiError(415, "unsupported_media_type", message)
 
@@ -80,7 +71,7 @@ class Bodies:
 
 
 async def read_body(
-    receive: Receive,
+    exchange: Exchange,
     headers: Mapping[bytes, bytes],
     bytes_max: int,
     timeout_s: float,
@@ -90,47 +81,42 @@ async def read_body(
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > bytes_max:
         raise _too_large(bytes_max)
-    message = await receive_within(receive, timeout_s)
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body", False):
-        return _checked(body, bytes_max)
-    loop = asyncio.get_running_loop()
-    ends_at = loop.time() + timeout_s
-    parts, size = [body], len(body)
-    counted = 0
-    try:
-        while message.get("more_body", False):
-            message = await receive_within(receive, ends_at - loop.time())
-            part: bytes = message.get("body", b"")
-            bodies.add(len(part))
-            counted += len(part)
-            parts.append(part)
-            size += len(part)
-            if size > bytes_max:
-                raise _too_large(bytes_max)
-        return b"".join(parts)
-    finally:
-        bodies.bytes -= counted
+    if not exchange.is_whole:
+        return await _read_slowly(exchange, bytes_max, timeout_s, bodies)
+    body = exchange.take_body()
+    if len(body) > bytes_max:
+        raise _too_large(bytes_max)
+    return body
 
 
-async def receive_within(receive: Receive, timeout_s: float) -> Message:
+async def _read_slowly(
+    exchange: Exchange, bytes_max: int, timeout_s: float, bodies: Bodies
+) -> bytes:
+    """The body of a request that did not come in one piece."""
+    parts: list[bytes] = []
+    size = counted = 0
     try:
         async with asyncio.timeout(timeout_s):
-            message = await receive()
+            while True:
+                await exchange.more_body()
+                if exchange.gone:
+                    raise ClientLeft
+                is_whole, part = exchange.is_whole, exchange.take_body()
+                parts.append(part)
+                size += len(part)
+                if size > bytes_max:
+                    raise _too_large(bytes_max)
+                if is_whole:
+                    return b"".join(parts)
+                bodies.add(len(part))
+                counted += len(part)
     except TimeoutError as exc:
         # Never 408: SDKs repeat it by themselves.
         exc_400 = invalid("The body did not arrive in time.")
         exc_400.headers = ((b"connection", b"close"),)
         raise exc_400 from exc
-    if message["type"] == "http.disconnect":
-        raise ClientLeft
-    return message
-
-
-def _checked(body: bytes, bytes_max: int) -> bytes:
-    if len(body) > bytes_max:
-        raise _too_large(bytes_max)
-    return body
+    finally:
+        bodies.bytes -= counted
 
 
 def _too_large(bytes_max: int) -> ApiError:
@@ -138,19 +124,21 @@ def _too_large(bytes_max: int) -> ApiError:
     return ApiError(413, "request_too_large", message, headers=((b"connection", b"close"),))
 
 
-async def send_answer(send: Send, status: int, headers: Iterable[Header], body: bytes) -> None:
+def send_answer(exchange: Exchange, status: int, headers: Iterable[Header], body: bytes) -> None:
     """A whole answer."""
     all_headers = list(headers)
     if status != 204:  # which has no body, and must not speak of one
         all_headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": all_headers})
-    await send({"type": "http.response.body", "body": body})
+    if exchange.gone:
+        return
+    exchange.start(status, all_headers)
+    exchange.end(body)
 
 
-async def send_error(send: Send, exc: ApiError, arrival: Arrival) -> None:
+def send_error(exchange: Exchange, exc: ApiError, arrival: Arrival) -> None:
     """An error as the OpenAI envelope, with the ids that support asks for."""
     headers = [JSON, *own_headers(arrival), *exc.headers]
-    await send_answer(send, exc.status, headers, exc.body(f"req_{arrival.request_id}"))
+    send_answer(exchange, exc.status, headers, exc.body(f"req_{arrival.request_id}"))
 
 
 def own_headers(arrival: Arrival) -> list[Header]:

@@ -52,6 +52,18 @@ class StreamMeter:
         """True while part of a frame was passed on: nothing may come between."""
         return self._long_end is not None
 
+    def is_plain(self, chunk: bytes) -> bool:
+        """Whether chunk is nothing but whole frames that may leave at once, as most are.
+
+        Then it counts as fed; otherwise nothing has happened yet.
+        """
+        is_whole = chunk.endswith(b"\n\n") and not self._tail and self._long_end is None
+        if not is_whole or self.is_done or sse.may_matter(chunk):
+            return False
+        self.seen.bytes += len(chunk)
+        self.seen.keep(chunk)
+        return True
+
     def feed(self, chunk: bytes) -> list[Piece]:
         """The pieces that are complete now."""
         self.seen.bytes += len(chunk)

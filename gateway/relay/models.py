@@ -7,17 +7,10 @@ import msgspec
 
 from billing.errors import BillingError
 from gateway.errors import ApiError, to_api_error
+from gateway.http1.exchange import Exchange
 from gateway.protocols.chat import MODEL_LENGTH_MAX, unknown_model
 from gateway.relay.call import Arrival, ModelRoute
-from gateway.relay.http_in import (
-    JSON,
-    Scope,
-    Send,
-    header_map,
-    own_headers,
-    send_answer,
-    send_error,
-)
+from gateway.relay.http_in import JSON, own_headers, send_answer, send_error
 from gateway.services import Services
 from keys.errors import KeysError
 
@@ -27,17 +20,15 @@ ROUTE = "/v1/models"
 DIGITS = 9 + 6 + 4
 
 
-async def list_models(services: Services, arrival: Arrival, scope: Scope, send: Send) -> None:
+async def list_models(services: Services, arrival: Arrival, exchange: Exchange) -> None:
     def answer() -> object:
         models = [_model(services, route) for route in services.catalog.all()]
         return {"object": "list", "data": models}
 
-    await _answer(services, arrival, scope, send, answer)
+    await _answer(services, arrival, exchange, answer)
 
 
-async def one_model(
-    services: Services, arrival: Arrival, scope: Scope, send: Send, model: str
-) -> None:
+async def one_model(services: Services, arrival: Arrival, exchange: Exchange, model: str) -> None:
     def answer() -> object:
         route = services.catalog.find(model)
         if route is None:
@@ -45,22 +36,22 @@ async def one_model(
             raise unknown_model(name, services.catalog.nearest(name))
         return _model(services, route)
 
-    await _answer(services, arrival, scope, send, answer)
+    await _answer(services, arrival, exchange, answer)
 
 
 async def _answer(
-    services: Services, arrival: Arrival, scope: Scope, send: Send, make: Callable[[], object]
+    services: Services, arrival: Arrival, exchange: Exchange, make: Callable[[], object]
 ) -> None:
     try:
-        await services.authenticator.authenticate(header_map(scope))
+        await services.authenticator.authenticate(dict(exchange.headers))
         answer = make()
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
         services.metrics.count_request(ROUTE, error.status, error.code)
-        await send_error(send, error, arrival)
+        send_error(exchange, error, arrival)
         return
     services.metrics.count_request(ROUTE, 200, "")
-    await send_answer(send, 200, [JSON, *own_headers(arrival)], msgspec.json.encode(answer))
+    send_answer(exchange, 200, [JSON, *own_headers(arrival)], msgspec.json.encode(answer))
 
 
 def _model(services: Services, route: ModelRoute) -> dict[str, object]:

@@ -3,16 +3,13 @@
 from billing.errors import BillingError
 from billing.receipts import Outcome
 from gateway.errors import ApiError, to_api_error
+from gateway.http1.exchange import Exchange
 from gateway.protocols import chat
 from gateway.relay.admit import admit, prepare
 from gateway.relay.call import Arrival, Call
 from gateway.relay.http_in import (
     ClientLeft,
-    Receive,
-    Scope,
-    Send,
     check_headers,
-    header_map,
     note_labels,
     read_body,
     send_error,
@@ -27,14 +24,12 @@ from keys.errors import KeysError
 ROUTE = "/v1/chat/completions"
 
 
-async def chat_completions(
-    services: Services, arrival: Arrival, scope: Scope, receive: Receive, send: Send
-) -> None:
+async def chat_completions(services: Services, arrival: Arrival, exchange: Exchange) -> None:
     """Serve one chat completion, or refuse it with the OpenAI envelope."""
     call: Call | None = None
     is_admitted = False
     try:
-        call = await _prepared(services, arrival, scope, receive)
+        call = await _prepared(services, arrival, exchange)
         await admit(services, call)
         is_admitted = True
     except ClientLeft:
@@ -43,26 +38,26 @@ async def chat_completions(
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
         services.metrics.count_request(ROUTE, error.status, error.label)
-        await send_error(send, error, arrival)
+        send_error(exchange, error, arrival)
         return
     finally:
         # After the refusal is sent: without the till this waits for the book.
         if call is not None and call.is_open and not is_admitted:
             await finish(_void(services, call))
     reply = Reply(services, call)
-    await reply(scope, receive, send)
+    await reply(exchange)
     services.metrics.count_request(ROUTE, reply.client.status, reply.code)
 
 
-async def _prepared(services: Services, arrival: Arrival, scope: Scope, receive: Receive) -> Call:
+async def _prepared(services: Services, arrival: Arrival, exchange: Exchange) -> Call:
     settings = services.settings
-    headers = header_map(scope)
-    check_headers(scope, headers, settings.limits.headers_bytes_max)
+    headers = dict(exchange.headers)
+    check_headers(exchange, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
     note_labels(arrival, headers)
     limits, timeouts = settings.limits, settings.timeouts
     body = await read_body(
-        receive, headers, limits.body_bytes_max, timeouts.body_s, services.bodies
+        exchange, headers, limits.body_bytes_max, timeouts.body_s, services.bodies
     )
     return prepare(services, arrival, caller, chat.read_facts(body))
 

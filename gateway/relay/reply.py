@@ -14,12 +14,13 @@ from decimal import Decimal
 from billing.receipts import Outcome
 from billing.settler import Settled
 from gateway.errors import NOT_CHARGED, ApiError, upstream_error
+from gateway.http1.exchange import Exchange, Header
 from gateway.providers.upstream import UpstreamFailed, UpstreamReply
 from gateway.relay.body import relay_body
 from gateway.relay.call import Call
 from gateway.relay.client import Client
 from gateway.relay.forward import cost_in_header, forward, read_error
-from gateway.relay.http_in import CORS, JSON, Header, Receive, Scope, Send
+from gateway.relay.http_in import CORS, JSON
 from gateway.relay.record import record
 from gateway.relay.seen import Seen
 from gateway.relay.settle import (
@@ -39,7 +40,7 @@ log = logging.getLogger("gateway.relay")
 
 
 class Reply:
-    """An ASGI callable for one call; used once."""
+    """The answer to one call; used once."""
 
     def __init__(self, services: Services, call: Call) -> None:
         self.services = services
@@ -53,13 +54,12 @@ class Reply:
         self._is_draining = False
         self._is_cut_off = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, exchange: Exchange) -> None:
         timeouts = self.services.settings.timeouts
-        self.dog = Watchdog(timeouts.request_total_s)
-        self.client = Client(scope, send, self.dog, timeouts.write_stall_s, self._client_left)
-        watch = self.services.tasks.start(self.client.watch(receive), "client.watch")
+        self.dog = self.services.dogs.watch(timeouts.request_total_s)
         self.services.open_calls += 1
         try:
+            self.client = Client(exchange, self.dog, timeouts.write_stall_s, self._client_left)
             await self._relay()
         except asyncio.CancelledError:
             self._is_cut_off = True
@@ -69,7 +69,7 @@ class Reply:
                 if self.call.is_open:
                     await finish(self._end_anyhow())
             finally:
-                self._let_go(watch)
+                self._let_go()
 
     async def _relay(self) -> None:
         try:
@@ -115,8 +115,8 @@ class Reply:
         body = exc.body(request_id)
         length = (b"content-length", b"%d" % len(body))
         headers = [JSON, length, *self.id_headers(), *exc.headers]
-        await self.client.head(exc.status, headers)
-        await self.client.body(body, more=False)
+        self.client.head(exc.status, headers)
+        self.client.last(body)
 
     async def bill(self) -> Bill:
         """What the provider reported, else our own count of what came."""
@@ -158,14 +158,14 @@ class Reply:
         services.drains += 1
         self.dog.shorten(services.settings.timeouts.drain_s)
 
-    def _let_go(self, watch: asyncio.Task[None]) -> None:
+    def _let_go(self) -> None:
         services = self.services
         services.open_calls -= 1
         services.drains -= self._is_draining
         self.dog.stop()
         if self.upstream is not None:
             self.upstream.close()
-        watch.cancel()
+        self.client.forget()
 
     def id_headers(self) -> list[Header]:
         """Ids and our own share of the time, on every answer."""

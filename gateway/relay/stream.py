@@ -13,11 +13,11 @@ from msgspec import Raw
 from billing.receipts import Outcome
 from billing.usage import UsageSource
 from gateway.errors import NOT_CHARGED, ApiError, upstream_error
+from gateway.http1.exchange import Header
 from gateway.protocols import sse
 from gateway.protocols.chat_answer import usage_for_client, usage_object, with_usage
 from gateway.providers.upstream import UpstreamFailed
 from gateway.relay.forward import error_in_answer
-from gateway.relay.http_in import Header
 from gateway.relay.meter import Piece, PieceKind, StreamMeter
 from gateway.relay.settle import VOID, Bill, wait_settled
 from gateway.relay.watchdog import DeadlineMissed
@@ -41,7 +41,11 @@ async def relay_stream(reply: "Reply") -> None:
 
 
 class _StreamRelay:
-    """One stream on its way."""
+    """One stream on its way.
+
+    While nothing but plain frames comes and the client keeps up, `_take` passes them on as they
+    arrive and this task sleeps: waking it for each would cost more than the frame.
+    """
 
     def __init__(self, reply: "Reply") -> None:
         settings = reply.services.settings
@@ -53,20 +57,24 @@ class _StreamRelay:
         self.meter = StreamMeter(buffer_bytes_max=settings.limits.stream_buffer_bytes_max)
         self.usage_piece: Piece | None = None
         self.drained = 0
+        self.pieces: list[Piece] = []
+        self.dog = reply.dog
+        self.began_at = self.last_at = self.dog.now()
         reply.seen = self.meter.seen
 
     async def run(self) -> None:
         try:
-            while chunk := await self._next_chunk():
-                for piece in self.meter.feed(chunk):
+            while await self._pump():
+                pieces, self.pieces = self.pieces, []
+                for piece in pieces:
                     await self._deliver(piece)
                 if self.meter.is_done:
                     await self._read_out()
                     return
-                if self.client.gone:
-                    self.drained += len(chunk)
-                    if self.drained > self.drain_bytes_max:
-                        return
+                if self.drained > self.drain_bytes_max:
+                    return
+                if self.client.exchange.is_blocked:
+                    await self.client.drained()
             await self._end_without_done()
         except (UpstreamFailed, DeadlineMissed) as exc:
             if self.usage_piece is not None:
@@ -75,6 +83,46 @@ class _StreamRelay:
                 raise
             else:
                 await self._broke_off(exc)
+
+    def _take(self, chunk: bytes) -> bool:
+        """Pass on what came; False when the task must look after it: the rest is in `pieces`."""
+        exchange = self.client.exchange
+        self.last_at = self.dog.extend(self.timeouts.keepalive_comment_s)
+        if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
+            exchange.write(chunk)
+            return not exchange.is_blocked
+        call = self.reply.call
+        if call.first_byte_at is None:
+            call.first_byte_at = time.time()
+            call.upstream_wait_s += self.last_at - self.began_at
+        if exchange.gone:
+            self.drained += len(chunk)
+        self.pieces = self.meter.feed(chunk)
+        return not self.pieces and self.drained <= self.drain_bytes_max
+
+    async def _pump(self) -> bool:
+        """Relay until the task has something to do (True) or the body has ended (False).
+
+        While nothing comes, a comment line leaves from time to time.
+        """
+        upstream, chunk_s = self.reply.upstream, self.timeouts.upstream_chunk_s
+        assert upstream is not None
+        self.began_at = self.last_at = self.dog.now()
+        while True:
+            left_s = chunk_s - (self.dog.now() - self.last_at)
+            try:
+                return await self.dog.wait(
+                    upstream.pump(self._take), min(self.timeouts.keepalive_comment_s, left_s)
+                )
+            except (UpstreamFailed, DeadlineMissed) as exc:
+                if self.pieces:
+                    return True  # they came before it
+                if isinstance(exc, UpstreamFailed):
+                    raise
+                if self.dog.is_over or self.dog.now() - self.last_at >= chunk_s:
+                    raise
+                if not self.meter.is_mid_frame:
+                    await self._write(sse.KEEPALIVE)
 
     async def _read_out(self) -> None:
         """The few bytes after [DONE]: a connection that is at its end can be used again."""
@@ -88,30 +136,6 @@ class _StreamRelay:
                     return
         except (UpstreamFailed, DeadlineMissed):
             return
-
-    async def _next_chunk(self) -> bytes:
-        """The next bytes; while there are none, a comment line from time to time."""
-        reply, upstream = self.reply, self.reply.upstream
-        assert upstream is not None
-        began = time.monotonic()
-        silent_s = 0.0
-        while True:
-            left_s = self.timeouts.upstream_chunk_s - silent_s
-            try:
-                chunk = await reply.dog.wait(
-                    upstream.read(), min(self.timeouts.keepalive_comment_s, left_s)
-                )
-            except DeadlineMissed:
-                silent_s = time.monotonic() - began
-                if reply.dog.is_over or silent_s >= self.timeouts.upstream_chunk_s:
-                    raise
-                if not self.meter.is_mid_frame:
-                    await self._write(sse.KEEPALIVE)
-                continue
-            reply.call.upstream_wait_s += time.monotonic() - began
-            if reply.call.first_byte_at is None:
-                reply.call.first_byte_at = time.time()
-            return chunk
 
     async def _deliver(self, piece: Piece) -> None:
         match piece.kind:
@@ -176,12 +200,16 @@ class _StreamRelay:
 
     async def _end(self, last: bytes) -> None:
         """[DONE] and the end of the response, at once: async SDKs drain the body after it."""
-        await self._write(last + sse.DONE_FRAME, more=False)
+        self._start()
+        self.client.last(last + sse.DONE_FRAME)
 
-    async def _write(self, data: bytes, *, more: bool = True) -> None:
+    async def _write(self, data: bytes) -> None:
+        self._start()
+        await self.client.body(data)
+
+    def _start(self) -> None:
         if not self.client.head_sent:
-            await self.client.head(200, (*STREAM_HEADERS, *self.reply.id_headers()))
-        await self.client.body(data, more=more)
+            self.client.head(200, (*STREAM_HEADERS, *self.reply.id_headers()))
 
     def _usage_frame(self, bill: Bill) -> bytes:
         """The usage chunk for a client that asked: the provider's own, or one in its manner."""

@@ -1,42 +1,78 @@
-"""One timer for all deadlines of a request, moved by an assignment instead of a new timer.
+"""Deadlines of requests: marked by an assignment, looked at by one timer for a whole worker.
 
-A relayed chunk changes the deadline twice; making and cancelling a timer each time would cost more
-than relaying it.
+Making and cancelling a timer for each wait would cost more than relaying a chunk does. In return
+a deadline may be missed by up to `scan_s`.
 """
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from config.clock import Seconds, seconds
 
 T = TypeVar("T")
+
+SCAN_S = seconds(50)
 
 
 class DeadlineMissed(Exception):
     """What was waited for did not come in time."""
 
 
-class Watchdog:
-    """Deadlines for awaits of one task, one at a time. `stop` it in the end."""
+class Watchdogs:
+    """All watchdogs of an event loop. The timer runs only while there are any."""
 
-    __slots__ = ("_due", "_ends", "_fired", "_loop", "_task", "_timer", "_waiting")
-
-    def __init__(self, total_s: float) -> None:
+    def __init__(self, scan_s: Seconds = SCAN_S) -> None:
         self._loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._ends = self._loop.time() + total_s
-        self._due = self._ends
-        self._waiting = False
-        self._fired = False
+        self._scan_s = scan_s
+        self._dogs: set[Watchdog] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def wait(self, awaitable: Awaitable[T], timeout_s: float) -> T:
+    def watch(self, total_s: Seconds) -> "Watchdog":
+        """A watchdog for the running task, which `stop`s it in the end."""
+        task = asyncio.current_task()
+        assert task is not None
+        dog = Watchdog(self._dogs, self._loop, task, total_s)
+        self._dogs.add(dog)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._scan_s, self._scan)
+        return dog
+
+    def __len__(self) -> int:
+        return len(self._dogs)
+
+    def _scan(self) -> None:
+        now = self._loop.time()
+        for dog in self._dogs:
+            if dog.is_waiting and dog.due <= now:
+                dog.bite()
+        self._timer = self._loop.call_later(self._scan_s, self._scan) if self._dogs else None
+
+
+class Watchdog:
+    """Deadlines for awaits of one task, one at a time."""
+
+    __slots__ = ("_dogs", "_ends", "_fired", "_loop", "_task", "due", "is_waiting")
+
+    def __init__(
+        self,
+        dogs: "set[Watchdog]",
+        loop: asyncio.AbstractEventLoop,
+        task: asyncio.Task[Any],
+        total_s: Seconds,
+    ) -> None:
+        self._dogs = dogs
+        self._loop = loop
+        self._task = task
+        self._ends = loop.time() + total_s
+        self._fired = False
+        self.due = self._ends
+        self.is_waiting = False
+
+    async def wait(self, awaitable: Awaitable[T], timeout_s: Seconds) -> T:
         """Await it; raise DeadlineMissed when it takes longer, or when the request does."""
-        self._due = min(self._loop.time() + timeout_s, self._ends)
-        self._waiting = True
-        if self._timer is None or self._timer.when() > self._due:
-            self._arm()
+        self.extend(timeout_s)
+        self.is_waiting = True
         try:
             return await awaitable
         except asyncio.CancelledError:
@@ -47,18 +83,27 @@ class Watchdog:
                 raise
             raise DeadlineMissed from None
         finally:
-            self._waiting = False
+            self.is_waiting = False
             if self._fired:
                 # It came to its end in spite of our cancellation, which must not outlive the wait.
                 self._fired = False
                 self._task.uncancel()
 
-    def shorten(self, timeout_s: float) -> None:
+    def extend(self, timeout_s: Seconds) -> Seconds:
+        """The wait under way may take that long from now; returns now."""
+        now = self._loop.time()
+        due = now + timeout_s
+        self.due = due if due < self._ends else self._ends
+        return now
+
+    def now(self) -> Seconds:
+        """The time by which this watchdog goes."""
+        return self._loop.time()
+
+    def shorten(self, timeout_s: Seconds) -> None:
         """From now on, and for the wait under way too, at most this much more time in all."""
         self._ends = min(self._ends, self._loop.time() + timeout_s)
-        self._due = min(self._due, self._ends)
-        if self._timer is None or self._timer.when() > self._due:
-            self._arm()
+        self.due = min(self.due, self._ends)
 
     @property
     def is_over(self) -> bool:
@@ -66,21 +111,10 @@ class Watchdog:
         return self._loop.time() >= self._ends
 
     def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._dogs.discard(self)
 
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._due, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        if not self._waiting:
-            return
-        if self._loop.time() < self._due:
-            self._arm()
-            return
-        self._fired = True
-        self._task.cancel()
+    def bite(self) -> None:
+        """Interrupt the wait under way."""
+        if not self._fired:
+            self._fired = True
+            self._task.cancel()

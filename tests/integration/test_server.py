@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import uvloop
 
-from gateway.server import Protocol
+from gateway.http1.protocol import Protocol
 from tests.support.gateway import Gateway, make_settings, running_gateway
 from tests.support.rawclient import Ended, RawConnection, RawRequest, chat, connect, exchange
 from tests.support.upstream.launch import Upstream
@@ -192,7 +192,8 @@ def test_small_chunks_are_not_held_back(book_url: str, till_url: str, upstream: 
             await conn.send(RawRequest(method="GET", target="/livez"))
             await conn.head()
             found = [one for one in gc.get_objects() if isinstance(one, Protocol)]
-            socks = [one.transport.get_extra_info("socket") for one in found if one.transport]
+            ours = [one.transport for one in found if not one.transport.is_closing()]
+            socks = [transport.get_extra_info("socket") for transport in ours]
             return {s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in socks}
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -2,12 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 import pytest
 
+from gateway.http1.exchange import Exchange
 from gateway.relay.call import Arrival
 from gateway.relay.pipeline import chat_completions
 from tests.support.gateway import zoo_model
@@ -94,41 +95,52 @@ async def test_cuts_at_random_bytes_of_all_kinds_of_answers(relay: Relay, key: s
     assert sum(receipt["price_nanos"] for receipt in receipts) == await relay.spent(key)
 
 
-class Asgi:
-    """A client in this process, whose ends a test can hold up: what it reads and when it goes."""
+class Line:
+    """A client in this process, whose ends a test can hold up: what it reads and when it goes.
 
-    def __init__(self, relay: Relay, request: RawRequest) -> None:
+    It stands where the server's protocol is, behind a real exchange.
+    """
+
+    def __init__(self, relay: Relay, request: RawRequest, *, reads: bool = True) -> None:
         self._relay = relay
-        self._body: bytes | None = request.body
-        self.scope: dict[str, Any] = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/chat/completions",
-            "headers": [(k.lower().encode(), v.encode()) for k, v in request.headers],
-        }
-        self.sent: list[MutableMapping[str, Any]] = []
-        self.left = asyncio.Event()
-        self.reads = asyncio.Event()
-        self.reads.set()
+        self.loop = asyncio.get_running_loop()
+        self.is_blocked = False
+        self.reads = reads
+        self.sent = b""
         self.is_sending = asyncio.Event()
+        headers = [(name.lower().encode(), value.encode()) for name, value in request.headers]
+        target = b"/v1/chat/completions"
+        self.exchange = Exchange(
+            self,  # type: ignore[arg-type]
+            b"POST",
+            target,
+            headers,
+            keep_alive=True,
+            head_bytes=0,
+        )
+        self.exchange.feed(request.body or b"")
+        self.exchange.feed_end()
 
-    async def receive(self) -> MutableMapping[str, Any]:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body}
-        await self.left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        self.sent.append(message)
+    def write(self, data: bytes) -> None:
+        self.sent += data
         self.is_sending.set()
-        await asyncio.sleep(0)
-        await self.reads.wait()
+        # Every write waits for its reader, so that there is a moment between any two.
+        self.is_blocked = True
+        if self.reads:
+            self.loop.call_soon(self.resume)
+
+    def resume(self) -> None:
+        self.is_blocked = False
+        self.exchange.wake()
+
+    def default_lines(self) -> bytes:
+        return b""
+
+    def answered(self, exchange: Exchange) -> None:
+        assert exchange is self.exchange
 
     async def run(self) -> None:
-        services = self._relay.services
-        arrival = Arrival.now()
-        await chat_completions(services, arrival, self.scope, self.receive, self.send)
+        await chat_completions(self._relay.services, Arrival.now(), self.exchange)
 
 
 async def cancel_once(task: asyncio.Task[None]) -> None:
@@ -144,7 +156,7 @@ async def cancel_until_it_ends(task: asyncio.Task[None]) -> None:
 CANCELS = pytest.mark.parametrize("cancel", [cancel_once, cancel_until_it_ends])
 
 
-async def in_a_scope(client: Asgi, scopes: list[anyio.CancelScope]) -> None:
+async def in_a_scope(client: Line, scopes: list[anyio.CancelScope]) -> None:
     with anyio.CancelScope() as scope:
         scopes.append(scope)
         await client.run()
@@ -162,7 +174,7 @@ async def in_a_scope(client: Asgi, scopes: list[anyio.CancelScope]) -> None:
 async def test_a_handler_that_is_cancelled_settles_before_it_ends(
     relay: Relay, key: str, upstream: Upstream, cancel: Any, model: str, stream: bool
 ) -> None:
-    client = Asgi(relay, relay.chat(key, model, stream=stream))
+    client = Line(relay, relay.chat(key, model, stream=stream))
     task = asyncio.create_task(client.run())
     await asyncio.to_thread(upstream.wait, lambda stats: stats["requests"] == 1)
     if "chunk" in model:
@@ -186,9 +198,7 @@ async def test_a_cancelled_scope_settles_before_it_ends(
 ) -> None:
     """As a framework does it: the scope cancels again at every await."""
     model = f"plain:chunk_delay_ms=60,{USED}"
-    client = Asgi(relay, relay.chat(key, model, stream=True))
-    if blocked == "sending":
-        client.reads.clear()
+    client = Line(relay, relay.chat(key, model, stream=True), reads=blocked == "reading")
     scopes: list[anyio.CancelScope] = []
     task = asyncio.create_task(in_a_scope(client, scopes))
     await client.is_sending.wait()
@@ -209,10 +219,10 @@ async def test_a_cancellation_at_any_moment_leaves_one_receipt_or_none(
 ) -> None:
     """Found: cancelled while the till was asked, a hold was left for good."""
     request = relay.chat(key, "echo", stream=stream)
-    await Asgi(relay, request).run()
+    await Line(relay, request).run()
     turns = finished = 0
     while finished < 3:
-        client = Asgi(relay, request)
+        client = Line(relay, request)
         task = asyncio.create_task(client.run())
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -237,13 +247,13 @@ async def test_who_leaves_before_a_provider_that_cannot_be_reached_pays_nothing(
     relay: Relay, key: str
 ) -> None:
     """Found: the prompt was charged although nothing had reached a provider."""
-    client = Asgi(relay, relay.chat(key, "dead"))
-    client.left.set()
+    client = Line(relay, relay.chat(key, "dead"))
+    client.exchange.lose()
     await client.run()
 
     receipt = await relay.only_receipt(key)
     assert (receipt["outcome"], receipt["price_nanos"]) == ("voided", 0)
-    assert client.sent == [] or client.sent[0]["status"] == 502
+    assert client.sent == b""
 
 
 async def test_a_bug_of_ours_is_charged_to_nobody(
