@@ -2,18 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hiredis
-
 from bench.shape import Shape, chat_body, words
 from billing.prices import PriceBook, PriceVersion
 from billing.receipts import Outcome, encode_receipt
-from billing.till_link import Arg, Script
+from billing.till_link import Script
+from billing.till_wire import Packed
 from config.ids import new_id
 from config.load import load
 from config.secret import Secret
@@ -47,8 +46,8 @@ class AnsweredLink:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    def run(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Future[Any]:
-        hiredis.pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))  # type: ignore[arg-type]
+    def send(self, script: Script, packed: Packed, *, tells: bool = False) -> asyncio.Future[Any]:
+        self.sent = b"*%d\r\n%b%b" % (packed.count + 2, script.by_sha, packed.words)
         future: asyncio.Future[Any] = self._loop.create_future()
         future.set_result([b"admitted", 0, 0])
         return future
@@ -144,7 +143,7 @@ class World:
         return bill_reported(self.call, self.seen, None)
 
     def encode_receipt(self) -> bytes:
-        return encode_receipt(self.call.new_receipt(Outcome.COMPLETE))
+        return encode_receipt(self.call.open_receipt(Outcome.COMPLETE))
 
     def settle(self) -> None:
         end_call(self.services, self._open(), Outcome.COMPLETE, self.found, self.seen)

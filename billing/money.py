@@ -12,6 +12,7 @@ NANOS_PER_USD = 10**9
 NANOS_PER_CREDIT = 10**6
 TOKENS_PER_RATE = 10**6
 BPS = 10**4
+PRICE_PARTS = TOKENS_PER_RATE * BPS
 # Lua computes in doubles, exact up to here: $9,007,199.254740991.
 NANOS_MAX = 2**53 - 1
 # $100,000 per million tokens: with the largest count and markup, amounts still fit a bigint.
@@ -31,13 +32,22 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 def cost_of(lines: Lines) -> int:
     """Provider cost in nanos of (tokens, rate) lines: rounded once, up, on the sum."""
-    return ceil_div(sum(tokens * rate for tokens, rate in lines), TOKENS_PER_RATE)
+    return cost_of_sum(sum(tokens * rate for tokens, rate in lines))
 
 
 def price_of(lines: Lines, markup_bps: int) -> int:
     """Price in nanos of (tokens, rate) lines with the markup: rounded once, up, on the sum."""
-    total = sum(tokens * rate for tokens, rate in lines)
-    return ceil_div(total * markup_bps, TOKENS_PER_RATE * BPS)
+    return price_of_sum(sum(tokens * rate for tokens, rate in lines), markup_bps)
+
+
+def cost_of_sum(total: int) -> int:
+    """Provider cost in nanos of a sum of tokens times rates, rounded up."""
+    return -(-total // TOKENS_PER_RATE)
+
+
+def price_of_sum(total: int, markup_bps: int) -> int:
+    """Price in nanos of a sum of tokens times rates with the markup: exact, then rounded up."""
+    return -(-total * markup_bps // PRICE_PARTS)
 
 
 def read_reported_usd(text: str) -> Decimal | None:
@@ -116,4 +126,4 @@ def _decimal_text(nanos: int, unit: int, digits: int) -> str:
     sign = "-" if nanos < 0 else ""
     if not rest:
         return f"{sign}{whole}"
-    return f"{sign}{whole}.{rest:0{digits}d}".rstrip("0")
+    return f"{sign}{whole}.{str(rest).zfill(digits).rstrip('0')}"

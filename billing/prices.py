@@ -5,13 +5,14 @@ price can be recomputed by hand for ever.
 """
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
+from functools import cached_property
 
 import msgspec
 
-from billing.money import cost_of, cost_of_reported, price_of, price_of_reported
+from billing.money import cost_of_reported, cost_of_sum, price_of_reported, price_of_sum
 from billing.usage import Usage
 
 
@@ -26,7 +27,7 @@ class CostSource(StrEnum):
     """No price and no reported cost, or nothing billable."""
 
 
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
+class Rates(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Nanos per million tokens by kind. None: the model does not sell that kind."""
 
     input_rate: int
@@ -56,7 +57,14 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
             (usage.audio_output_tokens, _or(self.audio_output_rate, self.output_rate)),
         ]
 
-    @property
+    def sum_of(self, usage: Usage) -> int:
+        """Tokens times rate, summed over `lines`."""
+        inside = usage.cached_tokens or usage.cache_write_tokens or usage.reasoning_tokens
+        if inside or usage.audio_input_tokens or usage.audio_output_tokens:
+            return sum([tokens * rate for tokens, rate in self.lines(usage)])
+        return usage.input_tokens * self.input_rate + usage.output_tokens * self.output_rate
+
+    @cached_property
     def input_rate_max(self) -> int:
         """The dearest way an input token can be billed."""
         return max(
@@ -66,7 +74,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
             self.audio_input_rate or 0,
         )
 
-    @property
+    @cached_property
     def output_rate_max(self) -> int:
         """The dearest way an output token can be billed."""
         return max(self.output_rate, self.reasoning_rate, self.audio_output_rate or 0)
@@ -95,8 +103,21 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
 NOTHING = Charge(cost_nanos=0, price_nanos=0, overrun_nanos=0, cost_source=CostSource.NONE)
 
 
+class _InForce(msgspec.Struct, frozen=True):
+    """What `at` says for every moment from since_ns on and before until_ns."""
+
+    version: PriceVersion | None
+    since_ns: int
+    until_ns: int
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_NEVER_NS = 2**63
+
+
 class PriceBook:
-    """All known price versions, newest first for each model. Immutable.
+    """All known price versions, newest first for each model. What it says never changes.
 
     book_ahead: how far the clock that dated the versions is ahead of the one that asks. Without
     it a worker whose clock is late would find a new model without a price.
@@ -112,6 +133,7 @@ class PriceBook:
             rows.sort(key=_precedence, reverse=True)
         self._by_model: Mapping[str, list[PriceVersion]] = by_model
         self._book_ahead = book_ahead
+        self._in_force: dict[str, _InForce] = {}
 
     def at(self, model: str, moment: datetime) -> PriceVersion | None:
         """The version in force at that moment (UTC), or None for an unpriced model."""
@@ -120,6 +142,29 @@ class PriceBook:
             if version.effective_from <= at_the_book:
                 return version
         return None
+
+    def now(self, model: str, now_ns: int) -> PriceVersion | None:
+        """The version in force at that nanosecond since 1970: as `at`, but cheap to ask often.
+
+        Asked for models of the catalog only: their number bounds what is remembered.
+        """
+        known = self._in_force.get(model)
+        if known is None or not known.since_ns <= now_ns < known.until_ns:
+            known = self._in_force[model] = self._look(model, now_ns)
+        return known.version
+
+    def _look(self, model: str, now_ns: int) -> _InForce:
+        moment = _EPOCH + now_ns // 1000 * _MICROSECOND
+        next_ns = [
+            begins_ns
+            for version in self._by_model.get(model, ())
+            if (begins_ns := self._begins_ns(version)) > now_ns
+        ]
+        return _InForce(self.at(model, moment), now_ns, min(next_ns, default=_NEVER_NS))
+
+    def _begins_ns(self, version: PriceVersion) -> int:
+        """When a version begins by the clock of the one who asks."""
+        return (version.effective_from - _EPOCH - self._book_ahead) // _MICROSECOND * 1000
 
 
 def charge_for(
@@ -138,9 +183,9 @@ def charge_for(
         price = price_of_reported(reported_usd, markup_bps)
         source = CostSource.PROVIDER
     elif rates is not None:
-        lines = rates.lines(usage)
-        cost = cost_of(lines)
-        price = price_of(lines, markup_bps)
+        total = rates.sum_of(usage)
+        cost = cost_of_sum(total)
+        price = price_of_sum(total, markup_bps)
         source = CostSource.PRICE_BOOK
     else:
         return NOTHING

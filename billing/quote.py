@@ -7,7 +7,7 @@ a message is longer than the few tokens that the chat format adds for it. Parts 
 
 import msgspec
 
-from billing.money import NANOS_MAX, price_of
+from billing.money import NANOS_MAX, price_of_sum
 from billing.prices import Rates
 
 # Chat formats add a few tokens for the whole conversation and each message (about 3 + 4 n); a
@@ -26,13 +26,21 @@ class CallSize(msgspec.Struct, frozen=True, kw_only=True):
 
 def input_ceiling(size: CallSize, image_tokens_max: int) -> int:
     """Upper bound of the input tokens."""
-    return size.text_bytes + FORMAT_TOKENS + size.image_parts * image_tokens_max
+    return input_bound(size.text_bytes, size.image_parts, image_tokens_max)
+
+
+def input_bound(text_bytes: int, image_parts: int, image_tokens_max: int) -> int:
+    """`input_ceiling` by the facts it depends on."""
+    return text_bytes + FORMAT_TOKENS + image_parts * image_tokens_max
 
 
 def hold_for(size: CallSize, image_tokens_max: int, rates: Rates, markup_bps: int) -> int:
     """Nanos to hold: the price if every token were of its dearest kind, capped to what fits."""
-    lines = (
-        (input_ceiling(size, image_tokens_max), rates.input_rate_max),
-        (size.output_tokens * size.choices, rates.output_rate_max),
-    )
-    return min(price_of(lines, markup_bps), NANOS_MAX)
+    output_tokens = size.output_tokens * size.choices
+    return hold_of(input_ceiling(size, image_tokens_max), output_tokens, rates, markup_bps)
+
+
+def hold_of(input_tokens: int, output_tokens: int, rates: Rates, markup_bps: int) -> int:
+    """`hold_for` by the two bounds of tokens."""
+    total = input_tokens * rates.input_rate_max + output_tokens * rates.output_rate_max
+    return min(price_of_sum(total, markup_bps), NANOS_MAX)

@@ -2,7 +2,7 @@
 
 A receipt handed to `submit` is owned here until Postgres has it: operational failures are retried
 with the same ids for ever, bounded in memory by `pending_max`. One commit is in flight at a time;
-while it is, the next batch gathers.
+while it is, and for `gather_s` after it began, the next batch gathers.
 Failure: a receipt that the book refuses for good is logged in full as `receipt.refused`, counted,
 and stays in the till's outbox, where `audit` finds it; the others of its batch are posted.
 """
@@ -12,6 +12,8 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from billing.book import BookRefused, Pool, acquire, post_receipts
 from billing.errors import BookUnavailable, TillRefused, TillUnavailable
@@ -26,25 +28,15 @@ CONFIRMS_WAITING_MAX = 100_000
 CONFIRMS_AT_ONCE = 64
 
 
-class Settled:
+class Settled(msgspec.Struct, eq=False):
     """One receipt on its way into the book."""
 
-    __slots__ = ("committed", "receipt", "request_id", "scopes", "submitted_at", "till_reply")
-
-    def __init__(
-        self,
-        receipt: ChargeReceipt,
-        request_id: str,
-        scopes: SpendScopes,
-        till_reply: asyncio.Future[Any],
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.receipt = receipt
-        self.request_id = request_id
-        self.scopes = scopes
-        self.till_reply = till_reply
-        self.submitted_at = loop.time()
-        self.committed: asyncio.Future[None] = loop.create_future()
+    receipt: ChargeReceipt
+    request_id: str
+    scopes: SpendScopes
+    till_reply: asyncio.Future[Any]
+    committed: asyncio.Future[None]
+    submitted_at: Seconds
 
 
 # Receipts of one account that one commit brought into the book, and what it returned.
@@ -62,12 +54,18 @@ class Settler:
         batch_max: int,
         pending_max: int,
         on_result: Callable[[str, int], None],
+        gather_s: Seconds = 0,
     ) -> None:
-        """on_result(result, count) is told of committed, retried and refused receipts."""
+        """on_result(result, count) is told of committed, retried and refused receipts.
+
+        gather_s: the least time between the beginnings of two commits. A full batch does not wait
+        for it, nor a receipt that the till did not take, nor anything after `stop`.
+        """
         self._pool = pool
         self._till = till
         self._batch_max = batch_max
         self._pending_max = pending_max
+        self._gather_s = gather_s
         self._on_result = on_result
         self._queue: deque[Settled] = deque()
         self._in_flight: list[Settled] = []
@@ -75,6 +73,8 @@ class Settler:
         self._confirming: list[_Group] = []
         self._wake = asyncio.Event()
         self._wake_confirms = asyncio.Event()
+        self._pausing = False
+        self._pause_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._commits_ended = False
 
@@ -91,7 +91,7 @@ class Settler:
     @property
     def accepts(self) -> bool:
         """False above 80 % of the bound: no new request may be admitted."""
-        return self.pending * 5 < self._pending_max * 4
+        return (len(self._queue) + len(self._in_flight)) * 5 < self._pending_max * 4
 
     def oldest_age_s(self) -> Seconds:
         """Age of the oldest receipt that the book does not have yet."""
@@ -106,26 +106,48 @@ class Settler:
         clean_texts(receipt)
         data = encode_receipt(receipt)
         reply = self._till.settle(scopes, request_id, receipt.price_nanos, data)
-        settled = Settled(receipt, request_id, scopes, reply)
+        loop = asyncio.get_running_loop()
+        committed = loop.create_future()
+        settled = Settled(receipt, request_id, scopes, reply, committed, loop.time())
         self._queue.append(settled)
-        self._wake.set()
+        if reply.done():
+            # The till took nothing: the answer to the client waits for this very commit.
+            self._end_pause()
+        elif self._may_begin():
+            self._wake.set()
         return settled
 
     async def run_commits(self) -> None:
         """Commit batches until `stop`, then until nothing is left."""
-        while True:
-            if not self._queue:
-                if self._stopping:
-                    break
+        while self._queue or not self._stopping:
+            if not self._may_begin():
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             size = min(len(self._queue), self._batch_max)
             self._in_flight = [self._queue.popleft() for _ in range(size)]
+            self._begin_pause()
             await self._commit(self._in_flight)
             self._in_flight = []
         self._commits_ended = True
         self._wake_confirms.set()
+
+    def _may_begin(self) -> bool:
+        return len(self._queue) >= (self._batch_max if self._pausing else 1)
+
+    def _begin_pause(self) -> None:
+        """Let the batch after this one gather: a commit costs the same for one receipt or ten."""
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+            self._pause_timer = None
+        if self._gather_s and not self._stopping:
+            self._pausing = True
+            loop = asyncio.get_running_loop()
+            self._pause_timer = loop.call_later(self._gather_s, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pausing = False
+        self._wake.set()
 
     async def run_confirms(self) -> None:
         """Tell the till what was committed until `run_commits` ended, then what is left, once.
@@ -152,14 +174,17 @@ class Settler:
         """Confirm what waits, in one pipeline; returns the groups that the till did not hear of."""
         size = min(len(self._unconfirmed), CONFIRMS_AT_ONCE)
         groups = self._confirming = [self._unconfirmed.popleft() for _ in range(size)]
-        heard = await asyncio.gather(*(self._confirm(*group) for group in groups))
+        # A settle still on its way must arrive first, or it would bring the outbox entry back.
+        await _ended([settled.till_reply for _, group in groups for settled in group])
+        replies = [self._till.confirm(_confirmation(*group)) for group in groups]
+        await _ended(replies)
         self._confirming = []
-        return [group for group, ok in zip(groups, heard, strict=True) if not ok]
+        return [group for group, reply in zip(groups, replies, strict=True) if not _is_heard(reply)]
 
     def stop(self) -> None:
         """Let `run_commits` end once everything is committed."""
         self._stopping = True
-        self._wake.set()
+        self._end_pause()
 
     async def _commit(self, batch: list[Settled]) -> None:
         delay_s = RETRY_FIRST_S
@@ -203,14 +228,23 @@ class Settler:
             settled.committed.set_exception(exc)
             settled.committed.exception()  # the edge may have left; this is not its failure
 
-    async def _confirm(self, state: AccountState, group: list[Settled]) -> bool:
-        # A settle still on its way must arrive first, or it would bring the outbox entry back.
-        await asyncio.wait([settled.till_reply for settled in group])
-        receipts = [(settled.scopes, settled.request_id) for settled in group]
-        try:
-            await self._till.confirm(Confirmation(state=state, receipts=receipts))
-        except TillUnavailable:
-            return False
-        except TillRefused as exc:
-            log.error("confirm.refused", extra={"reply": exc.reply})
-        return True
+
+async def _ended(futures: list[asyncio.Future[Any]]) -> None:
+    waiting = [future for future in futures if not future.done()]
+    if waiting:
+        await asyncio.wait(waiting)
+
+
+def _confirmation(state: AccountState, group: list[Settled]) -> Confirmation:
+    receipts = [(settled.scopes, settled.request_id) for settled in group]
+    return Confirmation(state=state, receipts=receipts)
+
+
+def _is_heard(reply: asyncio.Future[Any]) -> bool:
+    """False when the till did not answer; what it refuses once it will refuse again."""
+    exc = reply.exception()
+    if isinstance(exc, TillRefused):
+        log.error("confirm.refused", extra={"reply": exc.reply})
+    elif exc is not None and not isinstance(exc, TillUnavailable):
+        raise exc
+    return not isinstance(exc, TillUnavailable)

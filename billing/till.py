@@ -7,6 +7,7 @@ Failure: TillUnavailable when it does not answer within two tries; the request i
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Hashable
 from importlib import resources
 from typing import Any, NoReturn, TypeVar, cast
@@ -26,6 +27,8 @@ from billing.errors import (
 )
 from billing.money import NANOS_MAX
 from billing.till_link import Arg, Script, TillLink
+from billing.till_wire import Packed, ScopesWire, words
+from config.clock import Seconds
 from config.ids import id_text
 
 log = logging.getLogger("billing.till")
@@ -37,6 +40,7 @@ REFRESH_EVERY_MS = 1000
 REFRESH_REMEMBERED_MAX = 10_000
 # The first answer may be epoch, then cold, then short: each is mended once.
 ADMIT_TRIES = 5
+_PLACED = frozenset((b"admitted", b"exists"))
 
 
 def _script(name: str) -> Script:
@@ -79,9 +83,9 @@ class SpendScopes(msgspec.Struct, frozen=True, kw_only=True):
     leases_key: str
     hold_prefix: str
     scope_keys: tuple[str, ...]
-    admit_args: tuple[Arg, ...]
     kinds: tuple[str, ...]
     open_max: tuple[int, ...]
+    wire: ScopesWire
 
 
 def shard_prefix(account_id: UUID) -> str:
@@ -102,16 +106,26 @@ def spend_scopes(
 ) -> SpendScopes:
     """The scopes of one key of one account; 0 open requests at most means no limit."""
     prefix = shard_prefix(account_id)
+    epoch_key, outbox_key, leases_key = f"{prefix}epoch", f"{prefix}outbox", f"{prefix}leases"
+    scope_keys = (account_scope_key(account_id), key_scope_key(account_id, key_id))
+    kinds, open_max = ("A", "K"), (account_open_max, key_open_max)
+    limits = [part for kind, most in zip(kinds, open_max, strict=True) for part in (kind, most, 0)]
     return SpendScopes(
         account_id=account_id,
-        epoch_key=f"{prefix}epoch",
-        outbox_key=f"{prefix}outbox",
-        leases_key=f"{prefix}leases",
+        epoch_key=epoch_key,
+        outbox_key=outbox_key,
+        leases_key=leases_key,
         hold_prefix=f"{prefix}h:",
-        scope_keys=(account_scope_key(account_id), key_scope_key(account_id, key_id)),
-        admit_args=("A", account_open_max, 0, "K", key_open_max, 0),
-        kinds=("A", "K"),
-        open_max=(account_open_max, key_open_max),
+        scope_keys=scope_keys,
+        kinds=kinds,
+        open_max=open_max,
+        wire=ScopesWire(
+            shard_keys=(epoch_key, outbox_key, leases_key),
+            hold_prefix=f"{prefix}h:",
+            scope_keys=scope_keys,
+            kinds=kinds,
+            limits=limits,
+        ),
     )
 
 
@@ -141,8 +155,7 @@ class Till:
     ) -> None:
         self.link = link
         self._scripts = scripts
-        self._worker = worker
-        self._lease_ms = lease_ms
+        self._lease_and_worker = words((lease_ms, worker)).encode()
         self._read_account = read_account
         self._read_epoch = read_epoch
         self._epoch = 0
@@ -162,63 +175,58 @@ class Till:
         for _ in range(ADMIT_TRIES):
             if not self._epoch:
                 self._epoch = await self._share("epoch", self._read_epoch)
-            status, index, nanos = await self._try_admit(scopes, request_id, hold_nanos, draft)
-            if status in {"admitted", "exists"}:
+            packed = scopes.wire.admit(
+                request_id, self._epoch, hold_nanos, self._lease_and_worker, draft
+            )
+            asked_at = time.monotonic()
+            try:
+                reply = await self.link.send(self._scripts.admit, packed)
+            except TillUnavailable as exc:
+                reply = await self._ask_again(packed, asked_at, exc)
+            if reply[0] in _PLACED:
                 return
-            if status == "epoch":
-                self._epoch = 0
-            elif status == "cold":
-                # Whoever writes into an empty shard gives it an epoch: ours must not be an old one.
-                self._epoch = 0
-                await self.seed_from_book(scopes.account_id)
-            elif not await self._refreshed(status, scopes.account_id):
-                _refuse(status, scopes, index, hold_nanos, nanos)
+            await self._mend(scopes, hold_nanos, reply)
         # Every answer was a plain no: nothing is held.
         raise TillUnavailable(asked=False)
 
-    async def _try_admit(
-        self, scopes: SpendScopes, request_id: str, hold_nanos: int, draft: bytes
-    ) -> tuple[str, int, int]:
-        keys = (
-            scopes.epoch_key,
-            scopes.outbox_key,
-            scopes.hold_prefix + request_id,
-            scopes.leases_key,
-            *scopes.scope_keys,
-        )
-        args: tuple[Arg, ...] = (
-            self._epoch,
-            request_id,
-            hold_nanos,
-            self._lease_ms,
-            self._worker,
-            draft,
-            *scopes.admit_args,
-        )
-        reply = await self._run_twice(self._scripts.admit, keys, args)
-        return reply[0].decode(), reply[1], reply[2]
-
-    async def _run_twice(self, script: Script, keys: tuple[Arg, ...], args: tuple[Arg, ...]) -> Any:
-        """Run a script; once more when there was no answer: two call timeouts in all."""
-        now = asyncio.get_running_loop().time
-        first_ends_at = now() + self.link.call_timeout_s
+    async def _ask_again(self, packed: Packed, asked_at: Seconds, first: TillUnavailable) -> Any:
+        """Admit once more when there was no answer: two call timeouts in all."""
+        if not await self.link.wait_up(asked_at + self.link.call_timeout_s - time.monotonic()):
+            raise first
         try:
-            return await self.link.run(script, keys, args)
+            return await self.link.send(self._scripts.admit, packed)
         except TillUnavailable as exc:
-            asked = exc.asked
-            if not await self.link.wait_up(first_ends_at - now()):
-                raise
-        try:
-            return await self.link.run(script, keys, args)
-        except TillUnavailable as exc:
-            exc.asked |= asked
+            exc.asked |= first.asked
             raise
+
+    async def _mend(self, scopes: SpendScopes, hold_nanos: int, reply: list[Any]) -> None:
+        """Mend what kept a hold from being placed; raise when it is a refusal that stands."""
+        status, index, nanos = reply[0].decode(), reply[1], reply[2]
+        if status == "epoch":
+            self._epoch = 0
+        elif status == "cold":
+            # Whoever writes into an empty shard gives it an epoch: ours must not be an old one.
+            self._epoch = 0
+            await self.seed_from_book(scopes.account_id)
+        elif not await self._refreshed(status, scopes.account_id):
+            _refuse(status, scopes, index, hold_nanos, nanos)
 
     def forwarded(self, scopes: SpendScopes, request_id: str) -> None:
         """Mark the hold as forwarded, on the wire when this returns; the reply is not awaited."""
-        future = self.link.run(self._scripts.forwarded, (scopes.hold_prefix + request_id,), ())
-        future.add_done_callback(_look_at)
+        self._send_forwarded(scopes, request_id)
         self.link.flush()
+
+    def forwarded_soon(self, scopes: SpendScopes, request_id: str) -> asyncio.Future[None]:
+        """Mark the hold as forwarded with the other calls of this tick; the reply is not awaited.
+
+        The future is the caller's own. It is done when the mark was handed to the connection, or
+        when there is none: it never fails.
+        """
+        self._send_forwarded(scopes, request_id)
+        return self.link.flushed()
+
+    def _send_forwarded(self, scopes: SpendScopes, request_id: str) -> None:
+        self.link.send(self._scripts.forwarded, scopes.wire.forwarded(request_id), tells=True)
 
     def settle(
         self, scopes: SpendScopes, request_id: str, price_nanos: int, receipt: bytes
@@ -229,20 +237,14 @@ class Till:
         TillUnavailable / TillRefused. Safe to repeat until the receipt is confirmed.
         """
         assert 0 <= price_nanos <= NANOS_MAX
-        keys = (
-            scopes.outbox_key,
-            scopes.hold_prefix + request_id,
-            scopes.leases_key,
-            *scopes.scope_keys,
-        )
-        entry = b"%d %b" % (price_nanos, receipt)
-        args: tuple[Arg, ...] = (request_id, price_nanos, entry, *scopes.kinds)
-        future = self.link.run(self._scripts.settle, keys, args)
-        future.add_done_callback(_look_at)
-        return future
+        packed = scopes.wire.settle(request_id, price_nanos, receipt)
+        return self.link.send(self._scripts.settle, packed, tells=True)
 
-    async def confirm(self, confirmation: Confirmation) -> None:
-        """Drop committed receipts from the outbox and take over the account's new state."""
+    def confirm(self, confirmation: Confirmation) -> asyncio.Future[Any]:
+        """Drop committed receipts from the outbox and take over the account's new state.
+
+        Begun when this returns; the future fails with TillUnavailable or TillRefused.
+        """
         first = confirmation.receipts[0][0]
         places: dict[str, int] = {first.scope_keys[0]: 1}
         news: list[Arg] = ["A", confirmation.state.balance_nanos, confirmation.state.version]
@@ -256,7 +258,7 @@ class Till:
             holds.append(scopes.hold_prefix + request_id)
             entries += [request_id, ",".join(str(places[key]) for key in scopes.scope_keys)]
         keys = (first.outbox_key, first.leases_key, *places, *holds)
-        await self.link.run(self._scripts.confirm, keys, (len(places), *news, *entries))
+        return self.link.run(self._scripts.confirm, keys, (len(places), *news, *entries))
 
     async def seed_from_book(self, account_id: UUID) -> None:
         """Tell the till what the book says of an account; many callers share one reading."""
@@ -336,6 +338,6 @@ def _refuse(status: str, scopes: SpendScopes, index: int, needed: int, nanos: in
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:
-    """Take note of a failure that nobody may await; the receipt goes to the book all the same."""
+    """Take note of a failure that nobody may await."""
     if not future.cancelled() and isinstance(future.exception(), TillRefused):
         log.error("till.refused", extra={"reply": getattr(future.exception(), "reply", "")})

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import hiredis
 import msgspec
 
 from billing.errors import TillRefused, TillUnavailable
+from billing.till_address import Address
+from billing.till_wire import Packed, word
 from config.clock import Seconds, seconds
 
 log = logging.getLogger("billing.till")
@@ -46,23 +47,18 @@ class Script:
         self.source = source
         # SHA-1 is the protocol's name for a script, not a protection.
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        self.by_sha = f"{word('EVALSHA')}{word(self.sha)}".encode()
+        self.by_source = f"{word('EVAL')}{word(source)}".encode()
 
 
-class _Call:
-    __slots__ = ("args", "deadline", "future", "script", "sent_at")
-
-    def __init__(
-        self,
-        future: asyncio.Future[Any],
-        sent_at: Seconds,
-        timeout_s: Seconds,
-        script: Script | None,
-    ) -> None:
-        self.future = future
-        self.sent_at = sent_at
-        self.deadline = sent_at + timeout_s
-        self.script = script
-        self.args: tuple[Arg, ...] = ()
+class _Call(msgspec.Struct, eq=False):
+    future: asyncio.Future[Any]
+    sent_at: Seconds
+    deadline: Seconds
+    script: Script | None = None
+    packed: Packed | None = None
+    # A refusal is logged here: nobody may await the answer.
+    tells: bool = False
 
 
 class TillLink:
@@ -77,7 +73,7 @@ class TillLink:
         stall_timeout_s: Seconds,
         pending_max: int,
     ) -> None:
-        self._address = _Address.read(url)
+        self._address = Address.read(url)
         self._scripts = list(scripts)
         self.call_timeout_s = call_timeout_s
         self._stall_timeout_s = stall_timeout_s
@@ -117,25 +113,38 @@ class TillLink:
     def run(self, script: Script, keys: Sequence[Arg], args: Sequence[Arg]) -> asyncio.Future[Any]:
         """Run a script. The future fails with TillUnavailable or TillRefused."""
         tail = (len(keys), *keys, *args)
-        future = self.command(("EVALSHA", script.sha, *tail))
-        if self._connection is not None and not future.done():
-            call = self._connection.pending[-1]
-            call.script, call.args = script, tail
-        return future
+        packed = hiredis.pack_command(tail)  # type: ignore[arg-type]
+        return self.send(script, Packed(len(tail), packed[packed.index(b"\n") + 1 :]))
+
+    def send(self, script: Script, packed: Packed, *, tells: bool = False) -> asyncio.Future[Any]:
+        """As `run`, with words that are packed already; tells: log when the till refuses it."""
+        head = b"*%d\r\n%b" % (packed.count + 2, script.by_sha)
+        return self._send(head, packed.words, (script, packed, tells))
 
     def command(self, args: tuple[Arg, ...]) -> asyncio.Future[Any]:
         """Send one command with the next write; its future fails as `run` says."""
+        return self._send(hiredis.pack_command(args), b"", ())  # type: ignore[arg-type]
+
+    def _send(self, head: bytes, rest: bytes, more: tuple[Any, ...]) -> asyncio.Future[Any]:
         connection = self._connection
         if connection is None or len(connection.pending) >= self._pending_max:
             future = asyncio.get_running_loop().create_future()
-            future.set_exception(TillUnavailable(asked=False))
+            _fail(future, TillUnavailable(asked=False))
             return future
-        return connection.send(args, self.call_timeout_s)
+        return connection.send(head, rest, self.call_timeout_s, more)
 
     def flush(self) -> None:
         """Write what is waiting now instead of at the end of this tick."""
         if self._connection is not None:
             self._connection.flush()
+
+    def flushed(self) -> asyncio.Future[None]:
+        """Done when what was sent until now was handed to the transport, or there is none."""
+        if self._connection is not None:
+            return self._connection.flushed()
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
 
     async def _stay_connected(self) -> None:
         loop = asyncio.get_running_loop()
@@ -185,49 +194,14 @@ class TillLink:
             )
             try:
                 for args in address.hello():
-                    await connection.send(args, CONNECT_TIMEOUT_S)
+                    await connection.command(args, CONNECT_TIMEOUT_S)
                 loads = [("SCRIPT", "LOAD", script.source) for script in self._scripts]
-                await asyncio.gather(*(connection.send(a, CONNECT_TIMEOUT_S) for a in loads))
+                await asyncio.gather(*(connection.command(a, CONNECT_TIMEOUT_S) for a in loads))
             except BaseException:
                 connection.abort()
                 raise
         self.last_error = ""
         return connection
-
-
-class _Address(msgspec.Struct, frozen=True):
-    host: str
-    port: int
-    tls: bool
-    user: str
-    password: str
-    database: int
-
-    @classmethod
-    def read(cls, url: str) -> "_Address":
-        parts = urlsplit(url)
-        if parts.scheme not in {"redis", "rediss", "valkey", "valkeys"} or not parts.hostname:
-            raise ValueError(
-                "the till's URL must be redis://[user:password@]host[:port][/database]"
-            )
-        database = parts.path.strip("/") or "0"
-        return cls(
-            parts.hostname,
-            parts.port or 6379,
-            parts.scheme in {"rediss", "valkeys"},
-            unquote(parts.username or ""),
-            unquote(parts.password or ""),
-            int(database),
-        )
-
-    def hello(self) -> list[tuple[Arg, ...]]:
-        commands: list[tuple[Arg, ...]] = []
-        if self.password:
-            user = (self.user,) if self.user else ()
-            commands.append(("AUTH", *user, self.password))
-        if self.database:
-            commands.append(("SELECT", self.database))
-        return commands
 
 
 class _Connection(asyncio.Protocol):
@@ -239,7 +213,9 @@ class _Connection(asyncio.Protocol):
         self._reader = hiredis.Reader()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
+        self._flushes: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: Seconds = 0
         self._waiting: deque[_Call] = deque()
         # All that was sent and has no reply, those included whose callers gave up.
         self.pending: deque[_Call] = deque()
@@ -260,33 +236,58 @@ class _Connection(asyncio.Protocol):
         pending, self.pending = self.pending, deque()
         for call in pending:
             if not call.future.done():
-                call.future.set_exception(TillUnavailable())
+                _fail(call.future, TillUnavailable())
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
-    def send(self, args: tuple[Arg, ...], timeout_s: Seconds) -> asyncio.Future[Any]:
+    def command(self, args: tuple[Arg, ...], timeout_s: Seconds) -> asyncio.Future[Any]:
+        return self.send(hiredis.pack_command(args), b"", timeout_s, ())  # type: ignore[arg-type]
+
+    def send(
+        self, head: bytes, rest: bytes, timeout_s: Seconds, more: tuple[Any, ...]
+    ) -> asyncio.Future[Any]:
+        """more: the fields of the call beyond its times."""
         future: asyncio.Future[Any] = self._loop.create_future()
         if self._transport is None:  # lost; the link learns it within this tick
-            future.set_exception(TillUnavailable(asked=False))
+            _fail(future, TillUnavailable(asked=False))
         else:
-            self._enqueue(args, _Call(future, self._loop.time(), timeout_s, None))
+            now = self._loop.time()
+            self._enqueue(head, rest, _Call(future, now, now + timeout_s, *more))
         return future
 
-    def _enqueue(self, args: tuple[Arg, ...], call: _Call) -> None:
-        if not self._out:
+    def _enqueue(self, head: bytes, rest: bytes, call: _Call) -> None:
+        out = self._out
+        if not out:
             self._loop.call_soon(self.flush)
-        self._out.append(hiredis.pack_command(args))  # type: ignore[arg-type]
+        out.append(head)
+        out.append(rest)
         self.pending.append(call)
         self._waiting.append(call)
-        self._check_by(min(call.deadline, call.sent_at + self._stall_timeout_s))
+        due = min(call.deadline, call.sent_at + self._stall_timeout_s)
+        if self._timer is None or due + TIMER_SLACK_S < self._timer_at:
+            self._check_by(due)
 
     def flush(self) -> None:
         if self._out:
             out, self._out = self._out, []
             if self._transport is not None:
                 self._transport.write(b"".join(out))
+        if self._flushes:
+            flushes, self._flushes = self._flushes, []
+            for future in flushes:
+                if not future.done():
+                    future.set_result(None)
+
+    def flushed(self) -> asyncio.Future[None]:
+        """Done when nothing that was sent until now waits any more."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        if self._out:
+            self._flushes.append(future)
+        else:
+            future.set_result(None)
+        return future
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -311,25 +312,35 @@ class _Connection(asyncio.Protocol):
                 future.set_result(reply)
             return
         text = str(reply)
-        if call.script is not None and text.startswith("NOSCRIPT") and not future.done():
+        packed, script = call.packed, call.script
+        if script is not None and packed is not None and _is_unknown(text) and not future.done():
             # EVAL teaches the server the script again; SCRIPT FLUSH costs one round trip. Not for
             # a caller who gave up: run late, the script could bring back what is settled by now.
-            timeout_s = call.deadline - call.sent_at
-            again = _Call(future, self._loop.time(), timeout_s, None)
-            self._enqueue(("EVAL", call.script.source, *call.args), again)
+            now = self._loop.time()
+            again = _Call(future, now, now + (call.deadline - call.sent_at), tells=call.tells)
+            head = b"*%d\r\n%b" % (packed.count + 2, script.by_source)
+            self._enqueue(head, packed.words, again)
         elif not future.done():
-            not_now = text.startswith(NOT_NOW)
-            future.set_exception(TillUnavailable() if not_now else TillRefused(text))
+            self._refuse(call, text)
         if text.startswith(NOT_PRIMARY):
             self.abort()  # the name may lead to the new primary by now
+
+    def _refuse(self, call: _Call, text: str) -> None:
+        if text.startswith(NOT_NOW):
+            _fail(call.future, TillUnavailable())
+            return
+        _fail(call.future, TillRefused(text))
+        if call.tells:
+            log.error("till.refused", extra={"reply": text})
 
     def _check_by(self, when: Seconds) -> None:
         """Look at the deadlines at that time, or before."""
         when += TIMER_SLACK_S
         if self._timer is not None:
-            if self._timer.when() <= when:
+            if self._timer_at <= when:
                 return
             self._timer.cancel()
+        self._timer_at = when
         self._timer = self._loop.call_at(when, self._check_deadlines)
 
     def _check_deadlines(self) -> None:
@@ -340,7 +351,7 @@ class _Connection(asyncio.Protocol):
         while waiting and (waiting[0].future.done() or waiting[0].deadline <= now):
             future = waiting.popleft().future
             if not future.done():
-                future.set_exception(TillUnavailable())
+                _fail(future, TillUnavailable())
         if not self.pending:
             return
         stalled_at = self.pending[0].sent_at + self._stall_timeout_s
@@ -349,3 +360,14 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self._check_by(min(waiting[0].deadline, stalled_at) if waiting else stalled_at)
+
+
+def _is_unknown(text: str) -> bool:
+    """True when the server does not know a script."""
+    return text.startswith("NOSCRIPT")
+
+
+def _fail(future: asyncio.Future[Any], exc: Exception) -> None:
+    """Fail a call whose caller may not look: a receipt goes to the book all the same."""
+    future.set_exception(exc)
+    future.exception()

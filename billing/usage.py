@@ -63,8 +63,7 @@ def is_believable(usage: Usage, input_ceiling: int, output_bytes: int, output_ma
     exceed the bytes seen, so only both bounds together refuse a count. The factor leaves room
     for what providers add (system prompts of their own, tool descriptions).
     """
-    counts = (usage.input_tokens, usage.output_tokens)
-    if any(count < 0 or count > TOKENS_MAX for count in counts):
+    if not (0 <= usage.input_tokens <= TOKENS_MAX and 0 <= usage.output_tokens <= TOKENS_MAX):
         return False
     if usage.input_tokens > 8 * input_ceiling + 50_000:
         return False

@@ -52,6 +52,7 @@ class Book(Table, frozen=True, kw_only=True):
     connect_timeout_s: WholeSeconds = 5
     statement_timeout_ms: Milliseconds = 5000
     commit_batch_max: Positive = 256
+    commit_gather_ms: DelayMs = 10
     receipts_pending_max: Positive = 50_000
 
 

@@ -15,6 +15,7 @@ from billing.usage import Usage
 from gateway.protocols.facts import UsageReport
 
 _NULL = b"null"
+_ABSENT, _NO_CHOICES = Raw(_NULL), Raw(b"[]")
 # Strings beside the text of a choice.
 _NOT_SAID = frozenset(["id", "role", "type", "finish_reason", "logprobs"])
 
@@ -26,7 +27,7 @@ class _Details(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Counts(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int | None = None
@@ -34,12 +35,30 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _Details | None = None
 
 
+class _Told(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of OpenAI's usage object: none of them is a cost."""
+
+    prompt_tokens: Raw = _ABSENT
+    completion_tokens: Raw = _ABSENT
+    total_tokens: Raw = _ABSENT
+    prompt_tokens_details: Raw = _ABSENT
+    completion_tokens_details: Raw = _ABSENT
+
+
 class _CostDetails(msgspec.Struct):
-    upstream_inference_cost: Raw = Raw(_NULL)
+    upstream_inference_cost: Raw = _ABSENT
 
 
 class _Cost(msgspec.Struct):
-    cost: Raw = Raw(_NULL)
+    cost: Raw = _ABSENT
+    is_byok: bool | None = None
+    cost_details: _CostDetails | None = None
+
+
+class _Usage(_Counts):
+    """Counts and cost at once, for when both are in order."""
+
+    cost: Raw = _ABSENT
     is_byok: bool | None = None
     cost_details: _CostDetails | None = None
 
@@ -47,22 +66,27 @@ class _Cost(msgspec.Struct):
 class Answer(msgspec.Struct):
     """The envelope of a body or of one frame; parts that are absent are `null`."""
 
-    id: Raw = Raw(_NULL)
-    model: Raw = Raw(_NULL)
-    choices: Raw = Raw(_NULL)
-    usage: Raw = Raw(_NULL)
-    error: Raw = Raw(_NULL)
+    id: Raw = _ABSENT
+    model: Raw = _ABSENT
+    choices: Raw = _ABSENT
+    usage: Raw = _ABSENT
+    error: Raw = _ABSENT
 
     @property
     def has_usage(self) -> bool:
-        return bytes(self.usage) != _NULL
+        return self.usage != _ABSENT
 
     @property
     def has_error(self) -> bool:
-        return bytes(self.error) != _NULL
+        return self.error != _ABSENT
 
     @property
     def has_choices(self) -> bool:
+        if self.choices == _NO_CHOICES:
+            return False
+        head = bytes(memoryview(self.choices)[:64])
+        if head.startswith(b"[") and not b"]".startswith(head[1:].lstrip()[:1]):
+            return True
         return bytes(self.choices).translate(None, b" \t\r\n") not in {_NULL, b"[]"}
 
 
@@ -95,17 +119,22 @@ class _Text(msgspec.Struct):
 
 _answer = msgspec.json.Decoder(Answer)
 _usage = msgspec.json.Decoder(_Usage)
+_counts = msgspec.json.Decoder(_Counts)
 _cost = msgspec.json.Decoder(_Cost)
+_told = msgspec.json.Decoder(_Told)
 _said = msgspec.json.Decoder(_Text)
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _string = msgspec.json.Decoder(str)
+_NO_DETAILS = _Details()
+_encoder = msgspec.json.Encoder()
+_UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 def read_answer(data: bytes) -> Answer | None:
     """The envelope of a JSON body or frame; None when it is no JSON object."""
     try:
         return _answer.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except _UNREADABLE:
         return None
 
 
@@ -119,23 +148,35 @@ def read_string(raw: Raw) -> str:
 
 def read_usage(raw: Raw) -> UsageReport:
     """What the provider says it counted and billed. Counts that are no integers make no usage."""
-    return UsageReport(usage=_read_counts(raw), reported_usd=_read_cost(raw))
+    try:
+        said = _usage.decode(raw)
+    except _UNREADABLE:
+        # One of the two may still be in order.
+        return UsageReport(usage=_read_counts(raw), reported_usd=_read_cost(raw))
+    return UsageReport(usage=_usage_of(said), reported_usd=_cost_of(said))
 
 
 def _read_counts(raw: Raw) -> Usage | None:
     try:
-        counts = _usage.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return _usage_of(_counts.decode(raw))
+    except _UNREADABLE:
         return None
-    prompt = counts.prompt_tokens_details or _Details()
-    completion = counts.completion_tokens_details or _Details()
+
+
+def _usage_of(said: _Counts) -> Usage | None:
+    prompt, completion = said.prompt_tokens_details, said.completion_tokens_details
+    input_tokens, output_tokens = said.prompt_tokens, said.completion_tokens
+    if input_tokens < 0 or output_tokens < 0:
+        return None
     # xAI and Gemini's compatible endpoint leave reasoning out of completion_tokens but not out of
     # the total: https://docs.x.ai/docs/guides/reasoning
-    beyond = (counts.total_tokens or 0) - counts.prompt_tokens - counts.completion_tokens
-    beyond = max(beyond, 0) if min(counts.prompt_tokens, counts.completion_tokens) >= 0 else 0
+    beyond = max((said.total_tokens or 0) - input_tokens - output_tokens, 0)
+    if not beyond and prompt is None and completion is None:
+        return Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+    prompt, completion = prompt or _NO_DETAILS, completion or _NO_DETAILS
     usage = Usage(
-        input_tokens=counts.prompt_tokens,
-        output_tokens=counts.completion_tokens + beyond,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens + beyond,
         cached_tokens=prompt.cached_tokens or 0,
         cache_write_tokens=prompt.cache_write_tokens or 0,
         audio_input_tokens=prompt.audio_tokens or 0,
@@ -148,22 +189,25 @@ def _read_counts(raw: Raw) -> Usage | None:
 
 
 def _read_cost(raw: Raw) -> Decimal | None:
-    """`usage.cost` from its own digits: a float in between would change the amount."""
     try:
-        told = _cost.decode(raw)
-        cost = _read_usd(told.cost)
-        if not told.is_byok:
-            return cost
-        # OpenRouter with the operator's own provider key: `cost` is only its fee, often 0.
-        # https://openrouter.ai/docs/use-cases/byok
-        behind = _read_usd((told.cost_details or _CostDetails()).upstream_inference_cost)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return _cost_of(_cost.decode(raw))
+    except _UNREADABLE:
         return None
+
+
+def _cost_of(said: _Cost | _Usage) -> Decimal | None:
+    """`usage.cost` from its own digits: a float in between would change the amount."""
+    cost = None if said.cost == _ABSENT else _read_usd(said.cost)
+    if not said.is_byok:
+        return cost
+    # OpenRouter with the operator's own provider key: `cost` is only its fee, often 0.
+    # https://openrouter.ai/docs/use-cases/byok
+    behind = _read_usd((said.cost_details or _CostDetails()).upstream_inference_cost)
     return None if cost is None or behind is None else cost + behind
 
 
 def _read_usd(raw: Raw) -> Decimal | None:
-    text = bytes(raw).decode().strip('"')
+    text = bytes(raw).decode(errors="replace").strip('"')
     return None if text == "null" else read_reported_usd(text)
 
 
@@ -172,16 +216,35 @@ def usage_for_client(raw: Raw, price_nanos: int, receipt_id: str) -> bytes:
 
     `cost` is a JSON number, as OpenRouter's clients want it; what the provider billed is not told.
     """
+    price = b'"cost":%b,"cost_nanos":%d,"receipt_id":%b}' % (
+        usd_text(price_nanos).encode(),
+        price_nanos,
+        _encoder.encode(receipt_id),
+    )
+    data = bytes(raw)
+    if _is_plain(data):
+        head = data[:-1].rstrip()
+        return head + price if head == b"{" else b"%b,%b" % (head, price)
     try:
         told = _fields.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except _UNREADABLE:
         told = {}
     # cost, cost_details, estimated_cost, total_cost, ...: every provider has a name of its own.
     fields = {k: v for k, v in told.items() if "cost" not in k.lower() and k != "is_byok"}
-    fields["cost"] = Raw(usd_text(price_nanos).encode())
-    fields["cost_nanos"] = Raw(b"%d" % price_nanos)
-    fields["receipt_id"] = Raw(msgspec.json.encode(receipt_id))
-    return msgspec.json.encode(fields)
+    fields.pop("receipt_id", None)
+    head = _encoder.encode(fields)[:-1]
+    return head + price if head == b"{" else b"%b,%b" % (head, price)
+
+
+def _is_plain(data: bytes) -> bool:
+    """True for an object on one line with no other fields than those that clients are told."""
+    if b"\n" in data or b"\r" in data:
+        return False
+    try:
+        _told.decode(data)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def usage_object(usage: Usage) -> Raw:
@@ -202,14 +265,15 @@ def with_usage(data: bytes, answer: Answer, new: bytes) -> bytes:
 
     Where it cannot (the key is there twice, written with escapes, or missing), the values stay.
     """
-    if answer.has_usage and data.count(b'"usage"') == 1:
+    key = data.find(b'"usage"')
+    if key >= 0 and answer.has_usage and data.find(b'"usage"', key + 1) < 0:
         old = bytes(answer.usage)
-        at = data.find(old, data.find(b'"usage"'))
+        at = data.find(old, key)
         if at >= 0:
             return data[:at] + new + data[at + len(old) :]
     try:
         fields = _fields.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except _UNREADABLE:
         return data  # a key that is no text, or nested to the edge of what can be read
     fields["usage"] = Raw(new)
     return msgspec.json.encode(fields)
@@ -219,7 +283,7 @@ def texts_in(data: bytes) -> Iterator[str]:
     """The texts that one JSON body or frame carries to the user, tool calls included."""
     try:
         choices = _said.decode(data).choices or []
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except _UNREADABLE:
         yield from _texts_anyhow(data)
         return
     for choice in choices:
@@ -242,7 +306,7 @@ def _texts_anyhow(data: bytes) -> Iterator[str]:
     """All strings below `choices`, when they have another shape (Mistral's lists of parts)."""
     try:
         pending = [msgspec.json.decode(_answer.decode(data).choices)]
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except _UNREADABLE:
         return
     while pending:
         value = pending.pop()

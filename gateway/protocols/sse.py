@@ -72,6 +72,7 @@ def may_matter(complete: bytes) -> bool:
     if b"[DONE]" in complete or b'"error"' in complete:
         return True
     found = complete.count(b'"usage"')
-    return found != 0 and found != (
-        complete.count(b'"usage":null') + complete.count(b'"usage": null')
-    )
+    if not found:
+        return False
+    found -= complete.count(b'"usage":null')
+    return found != 0 and found != complete.count(b'"usage": null')

@@ -1,6 +1,6 @@
 """Stage 2: find the model, size the hold, place it. Nothing goes upstream before this."""
 
-from datetime import UTC, datetime
+import time
 
 from billing.errors import (
     AccountUnknown,
@@ -10,7 +10,7 @@ from billing.errors import (
     TillUnavailable,
 )
 from billing.prices import Rates
-from billing.quote import CallSize, hold_for, input_ceiling
+from billing.quote import hold_of, input_bound
 from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
@@ -30,7 +30,7 @@ def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFac
         raise ReceiptsPending
     if services.open_calls >= services.settings.limits.open_requests_per_worker:
         raise unavailable("The gateway is busy.")
-    call = Call(arrival, caller, facts, route, services.prices.at(route.model, datetime.now(UTC)))
+    call = Call(arrival, caller, facts, route, services.prices.now(route.model, time.time_ns()))
     _size_hold(call, services.settings.billing.unpriced == "free")
     return call
 
@@ -40,7 +40,7 @@ async def admit(services: Services, call: Call) -> None:
 
     An open call must be ended, whatever the till said or did not say.
     """
-    draft = encode_receipt(call.new_receipt(Outcome.RECOVERED))
+    draft = encode_receipt(call.open_receipt(Outcome.RECOVERED))
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
@@ -55,23 +55,18 @@ async def admit(services: Services, call: Call) -> None:
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:
     facts, route = call.facts, call.route
+    call.input_ceiling = input_bound(facts.text_bytes, facts.image_parts, route.image_tokens_max)
     output_tokens = facts.output_tokens or route.output_tokens_max
-    size = CallSize(
-        text_bytes=facts.text_bytes,
-        image_parts=facts.image_parts,
-        output_tokens=output_tokens + facts.extra_output_tokens,
-        choices=facts.choices,
-    )
-    call.input_ceiling = input_ceiling(size, route.image_tokens_max)
-    call.output_max = size.output_tokens * size.choices
+    call.output_max = (output_tokens + facts.extra_output_tokens) * facts.choices
     rates = call.rates
     if rates is None:
         if not unpriced_is_free:
             message = f"The model '{facts.model}' has no price, so it cannot be used yet."
             raise invalid(message, "model", "unpriced_model")
         return
-    _refuse_unpriced(facts, route, rates)
-    call.hold_nanos = hold_for(size, route.image_tokens_max, rates, route.markup_bps)
+    if facts.image_parts or facts.audio_output:
+        _refuse_unpriced(facts, route, rates)
+    call.hold_nanos = hold_of(call.input_ceiling, call.output_max, rates, route.markup_bps)
 
 
 def _refuse_unpriced(facts: CallFacts, route: ModelRoute, rates: Rates) -> None:

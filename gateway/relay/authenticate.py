@@ -18,12 +18,13 @@ from config.ids import id_text
 from config.settings import Settings
 from gateway.relay.call import Caller
 from gateway.supervise import Tasks
-from keys.api_key import digest, is_well_formed
+from keys.api_key import KEY_LENGTH_MAX, digest, is_well_formed
 from keys.errors import (
     CredentialMissing,
     KeyExpired,
     KeyInvalid,
     KeyMalformed,
+    KeysError,
     KeysUnavailable,
 )
 from keys.principal import Principal
@@ -72,12 +73,13 @@ class Authenticator:
     async def authenticate(self, headers: Mapping[bytes, bytes]) -> Caller:
         """The caller behind the credential of a request. Raises a KeysError."""
         key = credential_of(headers)
-        if not is_well_formed(key) or key.startswith(b"fb_op_"):
-            raise KeyMalformed
-        if not key.startswith(self._prefix):
-            raise KeyInvalid  # of a test gateway at a live one, or the other way round
+        if not key.startswith(self._prefix) or len(key) > KEY_LENGTH_MAX:
+            raise _wrong_kind(key)
         sealed = digest(key, self._peppers[0])
         entry = self._entries.get(sealed)
+        # What has an entry was looked at when it was looked up.
+        if entry is None and not is_well_formed(key):
+            raise KeyMalformed
         age_s = time.monotonic() - entry.found_at if entry is not None else self._ttl_s
         if entry is None or age_s >= self._ttl_s:
             entry = await self._look_up(key, sealed, entry)
@@ -154,6 +156,13 @@ class Authenticator:
         )
 
 
+def _wrong_kind(key: bytes) -> KeysError:
+    """What is wrong with a key that is not of this gateway's kind."""
+    if not is_well_formed(key) or key.startswith(b"fb_op_"):
+        return KeyMalformed()
+    return KeyInvalid()  # of a test gateway at a live one, or the other way round
+
+
 def _checked(caller: Caller | None) -> Caller:
     if caller is None:
         raise KeyInvalid
@@ -169,6 +178,8 @@ def credential_of(headers: Mapping[bytes, bytes]) -> bytes:
     """The key from `Authorization: Bearer`, `x-api-key` or `api-key`. Raises CredentialMissing."""
     authorization = headers.get(b"authorization")
     if authorization is not None:
+        if authorization.startswith(b"Bearer "):  # as nearly everybody writes it
+            return authorization[7:].strip()
         scheme, _, key = authorization.strip().partition(b" ")
         if scheme.lower() != b"bearer":
             raise KeyMalformed

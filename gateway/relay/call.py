@@ -3,9 +3,11 @@
 import time
 import warnings
 from datetime import UTC, datetime
+from functools import cached_property
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from billing.prices import PriceVersion, Rates
 from billing.receipts import ChargeReceipt, Outcome, Provenance
@@ -25,7 +27,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_text: str
 
 
-class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
+class ModelRoute(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A public model as it is served: where to, at what markup, with which bounds."""
 
     model: str
@@ -39,6 +41,26 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
     image_tokens_max: int
     first_byte_timeout_s: float
     owned_by: str
+
+    @cached_property
+    def blank_receipt(self) -> ChargeReceipt:
+        """What all receipts of this route have in common; the rest is nobody's."""
+        nil, never = UUID(int=0), datetime.fromtimestamp(0, UTC)
+        return ChargeReceipt(
+            request_id=nil,
+            source_reference="",
+            billing_account_id=nil,
+            virtual_key_id=nil,
+            app_key_id=None,
+            protocol="chat.completions",
+            provider=self.provider,
+            requested_model=self.model,
+            markup_bps=self.markup_bps,
+            hold_nanos=0,
+            provenance=Provenance.RESPONSE,
+            started_at=never,
+            finished_at=never,
+        )
 
 
 class Arrival(msgspec.Struct, kw_only=True):
@@ -78,6 +100,7 @@ class Call:
         "is_open",
         "output_max",
         "price",
+        "receipt",
         "route",
         "upstream_request_id",
         "upstream_wait_s",
@@ -100,6 +123,7 @@ class Call:
         self.input_ceiling = 0
         self.output_max = 0
         self.is_open = False
+        self.receipt: ChargeReceipt | None = None
         self.first_byte_at: float | None = None
         self.upstream_request_id = ""
         self.upstream_wait_s = 0.0
@@ -113,30 +137,37 @@ class Call:
     def rates(self) -> Rates | None:
         return None if self.price is None else self.price.rates
 
-    def new_receipt(self, outcome: Outcome) -> ChargeReceipt:
-        """The receipt of this call as it stands now, with nothing charged yet."""
-        principal = self.caller.principal
-        first = self.first_byte_at
-        return ChargeReceipt(
-            request_id=self.arrival.request_uid,
-            source_reference=self.request_id,
+    def open_receipt(self, outcome: Outcome) -> ChargeReceipt:
+        """The receipt of this call at its beginning, with nothing charged yet."""
+        arrival, principal, price = self.arrival, self.caller.principal, self.price
+        started_at = datetime.fromtimestamp(arrival.started_at, UTC)
+        self.receipt = replace(
+            self.route.blank_receipt,
+            request_id=arrival.request_uid,
+            source_reference=arrival.request_id,
             billing_account_id=principal.account_id,
             virtual_key_id=principal.virtual_key_id,
             app_key_id=principal.app_key_id,
-            protocol="chat.completions",
-            provider=self.route.provider,
-            requested_model=self.facts.model,
-            markup_bps=self.route.markup_bps,
-            price_version=None if self.price is None else self.price.price_version,
+            price_version=None if price is None else price.price_version,
             hold_nanos=self.hold_nanos,
             outcome=outcome,
             provenance=Provenance.STREAM if self.facts.stream else Provenance.RESPONSE,
-            client_request_id=self.arrival.client_request_id,
-            client_retry_count=self.arrival.client_retry_count,
-            started_at=datetime.fromtimestamp(self.arrival.started_at, UTC),
-            first_byte_at=None if first is None else datetime.fromtimestamp(first, UTC),
-            finished_at=datetime.now(UTC),
+            client_request_id=arrival.client_request_id,
+            client_retry_count=arrival.client_retry_count,
+            started_at=started_at,
+            finished_at=started_at,
         )
+        return self.receipt
+
+    def end_receipt(self, outcome: Outcome) -> ChargeReceipt:
+        """The same receipt, as the call stands now: whoever got it at the beginning took a copy."""
+        receipt = self.receipt or self.open_receipt(outcome)
+        receipt.outcome = outcome
+        receipt.hold_nanos = self.hold_nanos
+        if self.first_byte_at is not None:
+            receipt.first_byte_at = datetime.fromtimestamp(self.first_byte_at, UTC)
+        receipt.finished_at = datetime.now(UTC)
+        return receipt
 
     def __del__(self) -> None:
         if self.is_open:

@@ -1,4 +1,8 @@
-"""What was learned from an answer so far: usage, ids, and the text for counting."""
+"""What was learned from an answer so far: usage, ids, and the text for counting.
+
+Frames are kept as they came, because hardly any stream needs its text: it is counted only when the
+provider reports no usage. What all streams of a worker keep that way has a bound.
+"""
 
 from collections.abc import Iterable
 
@@ -8,10 +12,28 @@ from gateway.protocols import sse
 from gateway.protocols.chat_answer import Answer, read_answer, read_string, read_usage, texts_in
 from gateway.protocols.facts import UsageReport
 
-# Frames are kept as they came and turned into text when this many bytes have gathered.
+# Frames are turned into text, a twentieth of their size, when a stream has kept this many bytes.
 KEPT_BYTES_MAX = 64 * 1024
+# While all streams together keep more than this, each turns its frames into text sooner.
+ALL_KEPT_BYTES_MAX = 16 * 1024 * 1024
+KEPT_BYTES_MAX_THEN = 4 * 1024
 # Text beyond this is only measured: memory must not grow with the answer.
 TEXT_CHARS_MAX = 1024 * 1024
+
+
+class Kept:
+    """Bytes of frames that all streams of a worker keep."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def bound(self) -> int:
+        """How many of them one stream may keep now."""
+        return KEPT_BYTES_MAX if self.bytes <= ALL_KEPT_BYTES_MAX else KEPT_BYTES_MAX_THEN
+
+
+# One for each process, as is the memory.
+ALL_KEPT = Kept()
 
 
 class Seen:
@@ -48,8 +70,10 @@ class Seen:
 
     def keep(self, frames: bytes) -> None:
         self._kept.append(frames)
-        self._kept_bytes += len(frames)
-        if self._kept_bytes > KEPT_BYTES_MAX:
+        size = len(frames)
+        self._kept_bytes += size
+        ALL_KEPT.bytes += size
+        if self._kept_bytes > KEPT_BYTES_MAX_THEN and self._kept_bytes > ALL_KEPT.bound():
             self._fold()
 
     def keep_body(self, body: bytes) -> None:
@@ -64,13 +88,22 @@ class Seen:
         return "".join(self._texts)
 
     def add_text(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            room = TEXT_CHARS_MAX - self._chars
-            if len(text) > room:
-                self.chars_beyond += len(text) - room
-            if room:
-                self._texts.append(text[:room])
-                self._chars += min(len(text), room)
+        text = "".join(texts)
+        room = TEXT_CHARS_MAX - self._chars
+        if len(text) > room:
+            self.chars_beyond += len(text) - room
+            text = text[:room]
+        if text:
+            self._texts.append(text)
+            self._chars += len(text)
+
+    def release(self) -> None:
+        """Keep no more frames: the call is settled, nobody will count."""
+        ALL_KEPT.bytes -= self._kept_bytes
+        self._kept, self._kept_bytes = [], 0
+
+    def __del__(self) -> None:
+        ALL_KEPT.bytes -= self._kept_bytes
 
     def _learn_ids(self) -> None:
         """Model and id from the first frame, when no frame with usage told them."""
@@ -83,6 +116,7 @@ class Seen:
     def _fold(self) -> None:
         if not self.model:
             self._learn_ids()
-        kept, self._kept, self._kept_bytes = self._kept, [], 0
-        for frame in sse.split_frames(b"".join(kept)):
-            self.add_text(texts_in(sse.payload_of(frame)))
+        kept = self._kept
+        self.release()
+        frames = sse.split_frames(b"".join(kept))
+        self.add_text(text for frame in frames for text in texts_in(sse.payload_of(frame)))

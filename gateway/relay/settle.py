@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from decimal import Decimal
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -87,7 +88,7 @@ def end_call(services: Services, call: Call, outcome: Outcome, bill: Bill, seen:
     """Hand the call's one receipt over to till and book. Synchronous: it cannot be interrupted."""
     assert call.is_open
     usage, charge = bill.usage, bill.charge
-    receipt = call.new_receipt(outcome)
+    receipt = call.end_receipt(outcome)
     receipt.served_model = seen.model
     receipt.upstream_id = seen.upstream_id
     receipt.upstream_request_id = call.upstream_request_id
@@ -106,6 +107,7 @@ def end_call(services: Services, call: Call, outcome: Outcome, bill: Bill, seen:
     receipt.cost_source = charge.cost_source
     settled = services.settler.submit(call.caller.scopes, call.request_id, receipt)
     call.is_open = False
+    seen.release()
     return settled
 
 
@@ -115,8 +117,7 @@ async def wait_settled(settled: Settled) -> int | None:
     Gives up after about a second: the receipt is on its way and cannot be lost by that.
     """
     try:
-        # Shielded: the settler waits for this very future before it confirms.
-        reply = await asyncio.shield(settled.till_reply)
+        reply = await _untouched(settled.till_reply)
     except BillingError:
         try:
             async with asyncio.timeout(COMMIT_WAIT_S):
@@ -125,6 +126,24 @@ async def wait_settled(settled: Settled) -> int | None:
             log.warning("settle.unanswered", extra={"request_id": settled.request_id})
         return None
     return int(reply[1])
+
+
+async def _untouched(future: asyncio.Future[T]) -> T:
+    """The result of a future that outlives us: whatever cancels us does not cancel it.
+
+    asyncio.shield does the same with twice the work; the settler waits for this very future before
+    it confirms.
+    """
+    if not future.done():
+        waiter = asyncio.get_running_loop().create_future()
+        future.add_done_callback(partial(_wake, waiter))
+        await waiter
+    return future.result()
+
+
+def _wake(waiter: asyncio.Future[None], _: object) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def finish(coro: Coroutine[Any, Any, T]) -> T:

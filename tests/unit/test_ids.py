@@ -1,6 +1,15 @@
 """Ids: in order of time, one text for each, and nothing else is read as one."""
 
+import json
+import os
+import pickle
+import subprocess
+import sys
 import time
+from copy import copy
+from functools import reduce
+from operator import and_, or_
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -34,6 +43,40 @@ def test_new_ids_are_version_7_and_differ() -> None:
         assert uid.version == 7
         assert uid.variant == "specified in RFC 4122"
         assert before <= uid.int >> 80 <= after
+
+
+def test_every_random_bit_is_used_and_no_other() -> None:
+    ends = [new_id().int & ((1 << 80) - 1) for _ in range(2000)]
+    ones, noughts = reduce(or_, ends), reduce(and_, ends)
+    rand_a, rand_b = ((1 << 12) - 1) << 64, (1 << 62) - 1
+
+    assert ones ^ noughts == rand_a | rand_b
+    assert noughts == 7 << 76 | 2 << 62
+
+
+def test_a_made_id_is_like_any_other_uuid() -> None:
+    made = new_id()
+    same = UUID(str(made))
+
+    assert (made, hash(made), repr(made)) == (same, hash(same), repr(same))
+    assert pickle.loads(pickle.dumps(made)) == copy(made) == made  # noqa: S301
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_makes_ids_of_its_own() -> None:
+    script = (
+        "import os\nfrom config.ids import new_id\nnew_id()\npid = os.fork()\n"
+        "print([new_id().int & (1 << 62) - 1 for _ in range(500)], flush=True)\n"
+        "if pid: os.waitpid(pid, 0)\nelse: os._exit(0)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, check=True, capture_output=True
+    ).stdout
+    one, other = (set(json.loads(line)) for line in said.splitlines())
+
+    assert len(one) == len(other) == 500
+    assert not one & other
 
 
 def test_ids_of_later_milliseconds_are_larger() -> None:

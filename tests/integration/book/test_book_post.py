@@ -217,3 +217,20 @@ async def test_concurrent_batches_never_deadlock_and_lose_nothing(book_url: str)
         deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         assert await pool.fetchval(deadlocks) == 0
         assert sum(filter(None, batches)) > 30
+
+
+async def test_a_connection_given_back_in_a_transaction_is_rolled_back(book_url: str) -> None:
+    """The pool's own reset is off: nothing may leak from one use of a connection to the next."""
+    async with open_pool(book_url, 1) as pool:
+        loop = asyncio.get_running_loop()
+        told: list[str] = []
+        loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+        async with book.acquire(pool) as conn:
+            await conn.transaction().start()
+            await conn.execute("INSERT INTO users (id, label) VALUES ($1, 'x')", uuid4())
+        async with book.acquire(pool) as conn:
+            assert not conn.is_in_transaction()
+            assert await conn.fetchval("SELECT count(*) FROM users") == 0
+        loop.set_exception_handler(None)
+
+    assert len(told) == 1

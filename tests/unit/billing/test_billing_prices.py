@@ -5,6 +5,7 @@ from decimal import Decimal
 from fractions import Fraction
 from math import ceil
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +91,48 @@ def test_versions_are_dated_by_the_clock_of_the_book() -> None:
     book = PriceBook([version(1, 0)], book_ahead=timedelta(minutes=2))
 
     assert [at(book, minutes) for minutes in (-3, -2, 0)] == [None, 1, 1]
+
+
+MICROS = st.integers(-5_000_000, 5_000_000)
+
+
+@given(
+    st.lists(st.tuples(MICROS, st.booleans()), max_size=5),
+    st.lists(MICROS, min_size=1, max_size=20),
+    MICROS,
+)
+def test_now_says_what_at_says_whatever_was_asked_before(
+    begins: list[tuple[int, bool]], asked: list[int], ahead: int
+) -> None:
+    """Also when the clock is set back, and in the microsecond in which a version begins."""
+
+    def moment(micros: int) -> datetime:
+        return NOON + timedelta(microseconds=micros)
+
+    book = PriceBook(
+        [
+            msgspec.structs.replace(
+                version(number, 0, source="operator" if is_operators else "config"),
+                effective_from=moment(micros),
+            )
+            for number, (micros, is_operators) in enumerate(begins)
+        ],
+        book_ahead=timedelta(microseconds=ahead),
+    )
+    edges = [micros - ahead + off for micros, _ in begins for off in (-1, 0, 1)]
+    noon_us = int(NOON.timestamp()) * 10**6
+    for micros in (*asked, *edges, *reversed(asked)):
+        for nanos in (0, 999):
+            now_ns = (noon_us + micros) * 1000 + nanos
+            assert book.now("m", now_ns) is book.at("m", moment(micros))
+
+
+@given(USAGES, RATES)
+def test_the_sum_is_that_of_the_lines(usage: Usage, rates: Rates) -> None:
+    plain = Usage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+
+    for one in (usage, plain):
+        assert rates.sum_of(one) == sum(tokens * rate for tokens, rate in rates.lines(one))
 
 
 @given(USAGES, RATES)

@@ -115,6 +115,18 @@ def test_every_text_becomes_writable(text: str) -> None:
         value.encode()
 
 
+@pytest.mark.parametrize(
+    "name", [field.name for field in msgspec.structs.fields(ChargeReceipt) if field.type is str]
+)
+@pytest.mark.parametrize("odd", ["a\x00b", "a\ud800b"])
+def test_no_text_is_forgotten(name: str, odd: str) -> None:
+    one = receipt(**{name: odd})
+
+    clean_texts(one)
+
+    assert getattr(one, name) == "ab"
+
+
 def test_cleaning_leaves_ordinary_texts_alone() -> None:
     one = receipt(served_model="gpt-ü 模型", upstream_id="a\nb", outcome=Outcome.COMPLETE)
 

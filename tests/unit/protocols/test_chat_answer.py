@@ -113,6 +113,63 @@ def test_a_usage_that_is_no_object_becomes_one(raw: bytes) -> None:
     assert got == {"cost": 0, "cost_nanos": 0, "receipt_id": "rcpt_1"}
 
 
+COUNT_NAMES = ["prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"]
+OTHER_NAMES = ["cost", "Cost", "cost_details", "is_byok", "receipt_id", "x", "\u00e4"]
+VALUES = st.none() | st.integers(0, 9) | st.dictionaries(st.text(max_size=3), st.integers())
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(COUNT_NAMES + OTHER_NAMES), VALUES),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+)
+def test_counts_are_told_however_they_are_written(
+    fields: dict[str, Any], indent: int | None, ascii_only: bool
+) -> None:
+    raw = json.dumps(fields, indent=indent, ensure_ascii=ascii_only).encode()
+    kept = {k: v for k, v in fields.items() if "cost" not in k.lower() and k != "is_byok"}
+
+    got = usage_for_client(Raw(raw), 1_500_000, "rcpt_1")
+
+    told = {"cost": 0.0015, "cost_nanos": 1_500_000, "receipt_id": "rcpt_1"}
+    assert json.loads(got) == {**kept, **told}
+    assert got.count(b'"receipt_id"') == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "usage", "usd"),
+    [
+        (b'{"prompt_tokens":1,"cost":"\xff"}', Usage(input_tokens=1), None),
+        (b'{"prompt_tokens":1,"is_byok":5,"cost":1}', Usage(input_tokens=1), None),
+        (b'{"prompt_tokens":"x","cost":1.5}', None, Decimal("1.5")),
+        (b'{"prompt_tokens":-1,"cost":1.5}', None, Decimal("1.5")),
+        (b'{"cost":1.5}', None, Decimal("1.5")),
+        (b'{"prompt_tokens":1,"cost":null}', Usage(input_tokens=1), None),
+    ],
+)
+def test_of_counts_and_cost_each_stands_alone(
+    raw: bytes, usage: Usage | None, usd: Decimal | None
+) -> None:
+    report = read_usage(Raw(raw))
+
+    assert (report.usage, report.reported_usd) == (usage, usd)
+
+
+@pytest.mark.parametrize(
+    ("choices", "has"),
+    [
+        *((text, False) for text in (b"null", b"[]", b"[ ]", b"[\n" + b" " * 100 + b"\r]")),
+        *((text, True) for text in (b"[0]", b"[ {}]", b"[" + b" " * 100 + b"0]", b"{}", b'"x"')),
+    ],
+)
+def test_empty_choices_are_none(choices: bytes, has: bool) -> None:
+    answer = read_answer(b'{"choices":%b}' % choices)
+
+    assert answer is not None
+    assert answer.has_choices is has
+
+
 def changed(data: bytes, new: bytes = b'{"new":1}') -> bytes:
     answer = read_answer(data)
     assert answer is not None

@@ -75,7 +75,8 @@ def test_doubled_stream_options_ask_for_usage_however_they_are_read() -> None:
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.text(max_size=6),
+        # LiteLLM's own prices are refused.
+        st.text(max_size=6).filter(lambda name: "_cost" not in f"x{name}".casefold()),
         st.none()
         | st.integers(-1000, 1000)
         | st.text()
