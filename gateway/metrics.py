@@ -1,11 +1,13 @@
 """Prometheus metrics. Labels come from bounded sets only: never an account, never a key.
 
-With several workers each writes its own files (PROMETHEUS_MULTIPROC_DIR), and any of them answers
-for all.
+What each request counts is kept in plain numbers and folded into prometheus_client's, which lock,
+when it is read. With several workers each writes its own files (PROMETHEUS_MULTIPROC_DIR), and any
+of them answers for all: what the others counted is up to `LAG_EVERY_S` old.
 """
 
 import asyncio
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Literal
 
@@ -28,6 +30,41 @@ NANOS_PER_USD = 1_000_000_000
 LAG_EVERY_S = 0.25
 
 
+class Observed:
+    """Observations of one histogram that it does not have yet."""
+
+    __slots__ = ("_bounds", "_counts", "_histogram", "_sum")
+
+    def __init__(self, histogram: Histogram, bounds: Sequence[float]) -> None:
+        """bounds: the histogram's own, without the last one, which is infinite."""
+        self._histogram = histogram
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def fold(self) -> None:
+        # The library has no other way to take several observations at once.
+        for at, count in enumerate(self._counts):
+            if count:
+                self._histogram._buckets[at].inc(count)
+                self._counts[at] = 0
+        self._histogram._sum.inc(self._sum)
+        self._sum = 0.0
+
+
+class _Tokens:
+    """Tokens of one model since the last fold."""
+
+    __slots__ = ("cached", "input", "output", "reasoning")
+
+    def __init__(self) -> None:
+        self.input = self.output = self.cached = self.reasoning = 0
+
+
 class Metrics:
     """All metrics of a worker. Labelled children are looked up once and kept."""
 
@@ -40,12 +77,13 @@ class Metrics:
         self._requests = Counter(
             "farebox_http_requests", "Answers by route.", ["route", "status", "code"], registry=reg
         )
-        self.overhead = Histogram(
+        overhead = Histogram(
             "farebox_overhead_seconds",
             "Time that Farebox itself took.",
             buckets=OVERHEAD_S,
             registry=reg,
         )
+        self.overhead = Observed(overhead, OVERHEAD_S)
         self._ttft = Histogram(
             "farebox_upstream_ttft_seconds",
             "Time to the provider's first byte.",
@@ -77,35 +115,73 @@ class Metrics:
         build = _gauge(reg, "livemax", "build_info", "Version.", "version")
         build.labels(version("farebox")).set(1)
         self._children: dict[tuple[object, ...], Counter] = {}
+        # Since the last fold. The keys of _ended are the labels, joined.
+        self._answers: dict[tuple[str, int, str], int] = {}
+        self._billed: dict[str, _Tokens] = {}
+        self._ended: dict[str, int] = {}
+        self._ttfts: dict[tuple[str, str], Observed] = {}
+        self._price_nanos = self._cost_nanos = self._overrun_nanos = 0
 
     def count_request(self, route: str, status: int, code: str) -> None:
         """route and code come from our own tables, so their number is bounded."""
-        self._child(self._requests, route, str(status), code).inc()
+        key = (route, status, code)
+        self._answers[key] = self._answers.get(key, 0) + 1
 
     def count_receipt(self, receipt: ChargeReceipt) -> None:
         model = receipt.requested_model
-        self._child(self._tokens, model, "input").inc(receipt.input_tokens)
-        self._child(self._tokens, model, "output").inc(receipt.output_tokens)
-        if receipt.cached_tokens:
-            self._child(self._tokens, model, "cached").inc(receipt.cached_tokens)
-        if receipt.reasoning_tokens:
-            self._child(self._tokens, model, "reasoning").inc(receipt.reasoning_tokens)
-        self._revenue.inc(receipt.price_nanos / NANOS_PER_USD)
-        self._cost.inc(receipt.provider_cost_nanos / NANOS_PER_USD)
-        if receipt.overrun_nanos:
-            self._overrun.inc(receipt.overrun_nanos / NANOS_PER_USD)
-        self._child(
-            self._receipts, receipt.outcome, receipt.usage_source, receipt.cost_source
-        ).inc()
+        tokens = self._billed.get(model)
+        if tokens is None:
+            tokens = self._billed[model] = _Tokens()
+        tokens.input += receipt.input_tokens
+        tokens.output += receipt.output_tokens
+        tokens.cached += receipt.cached_tokens
+        tokens.reasoning += receipt.reasoning_tokens
+        self._price_nanos += receipt.price_nanos
+        self._cost_nanos += receipt.provider_cost_nanos
+        self._overrun_nanos += receipt.overrun_nanos
+        # Joined, because an enum's members are slow to hash.
+        labels = "|".join((receipt.outcome, receipt.usage_source, receipt.cost_source))
+        self._ended[labels] = self._ended.get(labels, 0) + 1
 
     def ttft(self, provider: str, model: str, seconds: float) -> None:
-        self._ttft.labels(provider, model).observe(seconds)
+        observed = self._ttfts.get((provider, model))
+        if observed is None:
+            histogram = self._ttft.labels(provider, model)
+            observed = self._ttfts[(provider, model)] = Observed(histogram, TTFT_S)
+        observed.observe(seconds)
+
+    def fold(self) -> None:
+        """Hand what was counted since the last time to the metrics that are shown."""
+        for (route, status, code), count in self._answers.items():
+            self._child(self._requests, route, str(status), code).inc(count)
+        for model, tokens in self._billed.items():
+            self._fold_tokens(model, tokens)
+        for labels, count in self._ended.items():
+            self._child(self._receipts, *labels.split("|")).inc(count)
+        for observed in (self.overhead, *self._ttfts.values()):
+            observed.fold()
+        self._revenue.inc(self._price_nanos / NANOS_PER_USD)
+        self._cost.inc(self._cost_nanos / NANOS_PER_USD)
+        self._overrun.inc(self._overrun_nanos / NANOS_PER_USD)
+        self._answers.clear()
+        self._billed.clear()
+        self._ended.clear()
+        self._price_nanos = self._cost_nanos = self._overrun_nanos = 0
+
+    def _fold_tokens(self, model: str, tokens: _Tokens) -> None:
+        self._child(self._tokens, model, "input").inc(tokens.input)
+        self._child(self._tokens, model, "output").inc(tokens.output)
+        if tokens.cached:
+            self._child(self._tokens, model, "cached").inc(tokens.cached)
+        if tokens.reasoning:
+            self._child(self._tokens, model, "reasoning").inc(tokens.reasoning)
 
     def count_settlements(self, result: str, count: int) -> None:
         self._child(self._settlements, result).inc(count)
 
     def render(self) -> bytes:
         """The text format, of all workers."""
+        self.fold()
         registry = self.registry
         if self._multiprocess_dir:
             registry = CollectorRegistry()
@@ -138,10 +214,14 @@ def _gauge(
 
 
 async def watch_loop(metrics: Metrics, sample: Callable[[], None]) -> None:
-    """Measure the event loop's lag for ever, and call sample each time."""
+    """For ever: measure the event loop's lag, call sample, fold what was counted."""
     loop = asyncio.get_running_loop()
-    while True:
-        due = loop.time() + LAG_EVERY_S
-        await asyncio.sleep(LAG_EVERY_S)
-        metrics.loop_lag.set(max(loop.time() - due, 0))
-        sample()
+    try:
+        while True:
+            due = loop.time() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            metrics.loop_lag.set(max(loop.time() - due, 0))
+            sample()
+            metrics.fold()
+    finally:
+        metrics.fold()
