@@ -1,6 +1,6 @@
 """Where the till is: the parts of its URL. Pure."""
 
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
@@ -12,13 +12,21 @@ class Address(msgspec.Struct, frozen=True):
     user: str
     password: str
     database: int
+    path: str = ""
+    """Of a Unix socket, in place of host and port."""
 
     @classmethod
     def read(cls, url: str) -> "Address":
+        """Raises ValueError."""
         parts = urlsplit(url)
+        if parts.scheme == "unix" and parts.path and not parts.hostname:
+            user, password = unquote(parts.username or ""), unquote(parts.password or "")
+            database = parse_qs(parts.query).get("db", ["0"])[0]
+            return cls("", 0, False, user, password, int(database), unquote(parts.path))
         if parts.scheme not in {"redis", "rediss", "valkey", "valkeys"} or not parts.hostname:
             raise ValueError(
-                "the till's URL must be redis://[user:password@]host[:port][/database]"
+                "the till's URL must be redis://[user:password@]host[:port][/database] "
+                "or unix://[user:password@]/path/of/socket[?db=database]"
             )
         database = parts.path.strip("/") or "0"
         return cls(

@@ -183,15 +183,9 @@ class TillLink:
         self.last_error = error
 
     async def _connect(self) -> "_Connection":
-        loop = asyncio.get_running_loop()
         address = self._address
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self._stall_timeout_s),
-                address.host,
-                address.port,
-                ssl=address.tls or None,
-            )
+            connection = await self._open()
             try:
                 for args in address.hello():
                     await connection.command(args, CONNECT_TIMEOUT_S)
@@ -201,6 +195,16 @@ class TillLink:
                 connection.abort()
                 raise
         self.last_error = ""
+        return connection
+
+    async def _open(self) -> "_Connection":
+        loop, address = asyncio.get_running_loop(), self._address
+        connection = _Connection(self._stall_timeout_s)
+        if address.path:
+            await loop.create_unix_connection(lambda: connection, address.path)
+        else:
+            tls = address.tls or None
+            await loop.create_connection(lambda: connection, address.host, address.port, ssl=tls)
         return connection
 
 

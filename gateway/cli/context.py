@@ -24,7 +24,7 @@ EXIT_CONFIG = 78
 DEFAULT_DATA_DIR = ".farebox"
 STORE_SCHEMES = {
     "book.url": ("postgresql", "postgres"),
-    "till.url": ("redis", "rediss", "valkey", "valkeys"),
+    "till.url": ("redis", "rediss", "valkey", "valkeys", "unix"),
 }
 
 DEMO_FILE = "demo.json"

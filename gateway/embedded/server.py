@@ -66,6 +66,11 @@ class EmbeddedServer(ABC):
     def url(self) -> str:
         """Where it serves, with the password. Valid after start()."""
 
+    @property
+    def local_url(self) -> str:
+        """The cheapest way to it from this machine."""
+        return self.url
+
     @abstractmethod
     async def _prepare(self, lock: int) -> None:
         """Make the data folder fit to be served; lock is held."""

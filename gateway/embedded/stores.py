@@ -175,7 +175,7 @@ async def _launched(
     os.write(lock, str(os.getpid()).encode())
     try:
         await _start_all(servers)
-        urls = {name: server.url for name, server in servers.items()}
+        urls = {name: server.local_url for name, server in servers.items()}
         published = Published(
             owner_pid=os.getpid(),
             book_url=urls.get("postgres", ""),

@@ -49,7 +49,8 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
         request_id=call.request_id,
     )
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
-    services.till.forwarded(call.caller.scopes, call.request_id)
+    # With all that is said to the till in this turn of the loop, in one write at its end.
+    await services.till.forwarded_soon(call.caller.scopes, call.request_id)
     began = time.monotonic()
     reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
     call.upstream_wait_s = time.monotonic() - began

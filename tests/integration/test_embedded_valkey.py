@@ -4,14 +4,17 @@ import os
 import signal
 import stat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
+from billing.till_link import TillLink
 from gateway.embedded.errors import StoreStartFailed
-from gateway.embedded.valkey import EmbeddedValkey, quoted
+from gateway.embedded.valkey import EmbeddedValkey, process_id, quoted
 
 
 async def test_keys_and_password_survive_a_restart(tmp_path: Path) -> None:
@@ -68,6 +71,37 @@ async def test_only_the_password_opens_it_and_debug_is_off(tmp_path: Path) -> No
     listening = {c.laddr.ip for c in psutil.Process(valkey.pid).net_connections("tcp")}
     assert listening == {"127.0.0.1"}
     await valkey.stop()
+
+
+async def test_its_socket_is_for_its_user_only_and_serves_every_client_of_ours() -> None:
+    with TemporaryDirectory(prefix="s 'p", dir="/tmp") as folder:
+        valkey = EmbeddedValkey(Path(folder))
+        await valkey.start()
+        mode = valkey.socket.stat().st_mode
+
+        assert valkey.local_url.startswith("unix://")
+        assert (stat.S_ISSOCK(mode), stat.S_IMODE(mode)) == (True, 0o700)
+        assert await process_id(valkey.local_url) == valkey.pid
+        async with Redis.from_url(valkey.local_url) as client:
+            assert await client.ping()
+        link = TillLink(valkey.local_url, [], call_timeout_s=5, stall_timeout_s=5, pending_max=10)
+        link.start()
+        assert await link.wait_up(5)
+        assert await link.command(("SET", "a", "b")) == b"OK"
+        await link.close()
+        wrong = valkey.local_url.replace(valkey.password, "wrong")
+        async with Redis.from_url(wrong) as client:
+            with pytest.raises(RedisConnectionError, match="invalid username-password"):
+                await client.ping()
+        await valkey.stop()
+
+
+def test_a_path_that_is_too_long_for_a_socket_leaves_tcp(tmp_path: Path) -> None:
+    valkey = EmbeddedValkey(tmp_path / ("x" * 100))
+    valkey.root.mkdir()
+    (valkey.root / "password").write_text("secret")
+
+    assert valkey.local_url == valkey.url
 
 
 async def test_folder_may_have_blanks_and_quotes_in_its_name(tmp_path: Path) -> None:
