@@ -8,7 +8,6 @@ row breaks a constraint or holds what no column takes, and never will.
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -22,7 +21,7 @@ from billing.errors import (
     ReferenceConflict,
 )
 from billing.money import NANOS_MAX
-from billing.receipts import CHARGE_REASON, SOURCE_SYSTEM, ChargeReceipt
+from billing.receipts import CHARGE_REASON, SOURCE_SYSTEM, ChargeReceipt, encode_batch
 from billing.till import AccountState
 from config.clock import seconds
 from config.ids import new_id
@@ -111,24 +110,17 @@ async def acquire(pool: Pool) -> AsyncIterator[Connection]:
 POST_RECEIPTS = """
 WITH batch AS MATERIALIZED (
     SELECT *
-    FROM unnest(
-        $1::uuid[], $2::text[], $3::uuid[], $4::uuid[], $5::uuid[],
-        $6::text[], $7::text[], $8::text[], $9::text[],
-        $10::bigint[], $11::bigint[], $12::bigint[], $13::bigint[],
-        $14::bigint[], $15::bigint[], $16::bigint[],
-        $17::numeric[], $18::bigint[], $19::bigint[], $20::integer[], $21::bigint[],
-        $22::bigint[], $23::bigint[], $24::text[], $25::text[], $26::text[], $27::text[],
-        $28::text[], $29::text[], $30::text[], $31::integer[], $32::text[], $33::integer[],
-        $34::text[], $35::timestamptz[], $36::timestamptz[], $37::timestamptz[]
-    ) AS t (
-        request_id, source_reference, billing_account_id, virtual_key_id, app_key_id,
-        protocol, provider, requested_model, served_model,
-        input_tokens, output_tokens, cached_tokens, cache_write_tokens,
-        reasoning_tokens, audio_input_tokens, audio_output_tokens,
-        reported_cost_usd, provider_cost_nanos, price_nanos, markup_bps, price_version,
-        hold_nanos, overrun_nanos, cost_source, usage_source, outcome, provenance,
-        upstream_id, upstream_request_id, run_id, attempt, graph_id, client_retry_count,
-        client_request_id, started_at, first_byte_at, finished_at
+    FROM json_to_recordset($1::json) AS t (
+        request_id uuid, source_reference text, billing_account_id uuid, virtual_key_id uuid,
+        app_key_id uuid, protocol text, provider text, requested_model text, served_model text,
+        input_tokens bigint, output_tokens bigint, cached_tokens bigint,
+        cache_write_tokens bigint, reasoning_tokens bigint, audio_input_tokens bigint,
+        audio_output_tokens bigint, reported_cost_usd numeric, provider_cost_nanos bigint,
+        price_nanos bigint, markup_bps integer, price_version bigint, hold_nanos bigint,
+        overrun_nanos bigint, cost_source text, usage_source text, outcome text,
+        provenance text, upstream_id text, upstream_request_id text, run_id text,
+        attempt integer, graph_id text, client_retry_count integer, client_request_id text,
+        started_at timestamptz, first_byte_at timestamptz, finished_at timestamptz
     )
 ),
 locked AS MATERIALIZED (
@@ -150,7 +142,7 @@ new_receipts AS (
         upstream_id, upstream_request_id, run_id, attempt, graph_id, client_retry_count,
         client_request_id, started_at, first_byte_at, finished_at
     )
-    SELECT $38, $39, batch.*
+    SELECT $2, $3, batch.*
     FROM batch
     WHERE (SELECT count(*) FROM locked) > 0
     ON CONFLICT DO NOTHING
@@ -204,10 +196,14 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
     also of those touched by repeated receipts only. Raises BookUnavailable or BookRefused, and
     then nothing of the batch is posted.
     """
-    rows = map(msgspec.structs.astuple, receipts)
-    columns: list[Any] = list(zip(*rows, strict=True))
+    # One JSON text: 37 arrays cost asyncpg three times as much, and Postgres hardly less. Numbers
+    # keep their digits on the way, and so does the reported cost, which is a string.
+    try:
+        batch = encode_batch(receipts)
+    except (UnicodeEncodeError, OverflowError, msgspec.EncodeError) as exc:
+        raise BookRefused(reason=f"a receipt cannot be written: {exc}") from exc
     async with translated():
-        states = await conn.fetch(POST_RECEIPTS, *columns, SOURCE_SYSTEM, CHARGE_REASON)
+        states = await conn.fetch(POST_RECEIPTS, batch, SOURCE_SYSTEM, CHARGE_REASON)
     if len(states) != len({receipt.billing_account_id for receipt in receipts}):
         # Only when no account of the batch is known: else a foreign key refused the statement.
         raise BookRefused(reason="a receipt names an account that is not in the book")

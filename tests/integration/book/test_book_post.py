@@ -140,7 +140,7 @@ async def test_nothing_of_a_batch_with_a_bad_row_is_posted(book_url: str) -> Non
             account.receipt(1, provider_cost_nanos=2**63),
             account.receipt(1, attempt=2**31),
             account.receipt(1, upstream_id="\ud800"),
-            account.receipt(1, started_at="yesterday"),
+            account.receipt(1, started_at="the day before"),
             account.receipt(1, price_version=404, outcome=Outcome.COMPLETE),
             stranger.receipt(1),
         ):
