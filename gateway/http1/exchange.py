@@ -42,6 +42,7 @@ class Exchange:
     __slots__ = (
         "_body_left",
         "_head",
+        "_is_invited",
         "_parts",
         "_protocol",
         "_unread_bytes",
@@ -89,6 +90,7 @@ class Exchange:
         self._unread_bytes = 0
         self._head = b""
         self._body_left = 0
+        self._is_invited = False
         self._waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -121,11 +123,14 @@ class Exchange:
         """Wait until more of the body has come, all of it has, or the client has left."""
         if self._parts or self.is_whole or self.gone:
             return
-        if not self.is_started and any(name == b"expect" for name, _ in self.headers):
+        if not self.is_started and self._waits_for_invitation():
+            # Once: some clients give up at the sixth.
+            self._is_invited = True
             self._protocol.write(CONTINUE)
         await self._wait()
 
     def feed(self, part: bytes) -> None:
+        self._is_invited = True
         if self.is_over:
             return
         self._parts.append(part)
@@ -137,6 +142,10 @@ class Exchange:
     def feed_end(self) -> None:
         self.is_whole = True
         self.wake()
+
+    def _waits_for_invitation(self) -> bool:
+        """The client said `expect: 100-continue`, and neither of us has gone on since."""
+        return not self._is_invited and any(name == b"expect" for name, _ in self.headers)
 
     # The answer
 
@@ -155,6 +164,9 @@ class Exchange:
                 self._body_left = int(value)
             elif name == b"connection" and value.lower() == b"close":
                 self.keep_alive = False
+        if not self.is_whole and self._waits_for_invitation():
+            # It may send the body now or leave it out: what comes next could be either.
+            self.keep_alive = False
         fields = b"".join(lines)
         # A line break inside a value would begin a header, or an answer, of somebody else's making.
         if not (fields.count(b"\n") == fields.count(b"\r") == len(lines)) or b"\0" in fields:

@@ -9,6 +9,7 @@ so most bodies are there before anybody has to wait for them.
 import asyncio
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 import httptools
 
@@ -36,12 +37,22 @@ class _Trailer(Exception):
 
 
 class _BadTarget(Exception):
-    """A target with bytes that no URL has."""
+    """A target that is no URL."""
 
 
 @functools.lru_cache(maxsize=1)
 def _rendered(headers: tuple[Header, ...]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def _is_url(target: bytes) -> bool:
+    if target.startswith(b"/"):
+        return target.isascii()
+    try:
+        urlsplit(target)
+    except ValueError:  # neither ASCII nor, with a bracket too many, a host
+        return False
+    return True
 
 
 class Protocol(asyncio.Protocol):
@@ -70,6 +81,7 @@ class Protocol(asyncio.Protocol):
         self._url = b""
         self._headers: list[Header] = []
         self._head_bytes = 0
+        self._packet_bytes = 0
         self._in_head = True
         self._in_keepalive = False
         self._is_deaf = False
@@ -100,6 +112,7 @@ class Protocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
+        self._packet_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
         if self._in_keepalive:
@@ -126,7 +139,9 @@ class Protocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.is_blocked = False
-        if self.exchange is not None:
+        if self._is_idle:
+            self.resume_reading()
+        elif self.exchange is not None:
             self.exchange.wake()
 
     # The parser's side
@@ -139,7 +154,9 @@ class Protocol(asyncio.Protocol):
             raise _Pipelined
         self._url = b""
         self._headers = []
-        self._in_head = True
+        if not self._in_head:
+            self._in_head = True
+            self._head_bytes = self._packet_bytes
         if self.ends_at == NEVER:
             self._expect_head()
 
@@ -155,7 +172,7 @@ class Protocol(asyncio.Protocol):
         parser = self._parser
         if parser.should_upgrade():
             return  # data_received goes on with it
-        if not self._url.isascii():
+        if not _is_url(self._url):
             raise _BadTarget
         self._in_head = False
         self.ends_at = NEVER
@@ -205,12 +222,15 @@ class Protocol(asyncio.Protocol):
     def answered(self, exchange: Exchange) -> None:
         """The answer is written: wait for the next request, or close."""
         self._state.total_requests += 1
-        self.ends_at = self.loop.time() + self.keepalive_s
         if not exchange.keep_alive:
-            self.transport.close()
+            self._close()
             return
+        self._expect_end()
         self._in_keepalive = True
-        if self._is_reading_paused:
+        if self.is_blocked:
+            # Who does not take its answer could ask for more and more of them.
+            self.pause_reading()
+        else:
             self.resume_reading()
 
     def peer(self) -> tuple[str, int] | None:
@@ -259,6 +279,15 @@ class Protocol(asyncio.Protocol):
         self._in_keepalive = False
         self.ends_at = self.loop.time() + self.headers_timeout_s
 
+    def _expect_end(self) -> None:
+        self._unsent_bytes = 0
+        self.ends_at = self.loop.time() + self.keepalive_s
+
+    def _close(self) -> None:
+        """Close when all is sent, which `expire` watches over."""
+        self._expect_end()
+        self.transport.close()
+
     def _start(self) -> None:
         self._is_new = False
         exchange = self.exchange
@@ -277,7 +306,7 @@ class Protocol(asyncio.Protocol):
             if not exchange.is_over:
                 # Cut off or crashed in the middle: the client must not take it for a whole answer.
                 exchange.lose()
-                self.transport.close()
+                self._close()
 
     def _count_beside_body(self, size: int, body_parts: int) -> None:
         """Chunk extensions and trailers bring no body; unbounded they would go on for ever."""
@@ -314,7 +343,7 @@ class Protocol(asyncio.Protocol):
             exchange.lose()
             if exchange.is_started:
                 # In the middle of another answer this one would be taken for a part of it.
-                self.transport.close()
+                self._close()
                 return
         error = ApiError(status, code, f"{message} {NOT_CHARGED}")
         request_id = f"req_{id_text(new_id())}"
@@ -325,4 +354,4 @@ class Protocol(asyncio.Protocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        self._close()

@@ -98,6 +98,7 @@ class Call:
         "hold_nanos",
         "input_ceiling",
         "is_open",
+        "is_sent",
         "output_max",
         "price",
         "receipt",
@@ -123,6 +124,8 @@ class Call:
         self.input_ceiling = 0
         self.output_max = 0
         self.is_open = False
+        self.is_sent = False
+        """Whether the provider may have got something of it: before, nobody pays for anything."""
         self.receipt: ChargeReceipt | None = None
         self.first_byte_at: float | None = None
         self.upstream_request_id = ""

@@ -51,6 +51,7 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     # With all that is said to the till in this turn of the loop, in one write at its end.
     await services.till.forwarded_soon(call.caller.scopes, call.request_id)
+    call.is_sent = True
     began = time.monotonic()
     reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
     call.upstream_wait_s = time.monotonic() - began

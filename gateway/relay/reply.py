@@ -140,6 +140,9 @@ class Reply:
         """
         outcome, bill = Outcome.UPSTREAM_FAILED, VOID
         try:
+            if not self.call.is_sent:
+                outcome = Outcome.VOIDED
+                return
             # Text that was delivered is paid for, whatever went wrong behind it.
             was_delivered = self.client.head_sent and self.seen.text()
             if self._is_cut_off or self.client.gone or was_delivered:

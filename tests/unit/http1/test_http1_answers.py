@@ -200,6 +200,86 @@ async def test_a_client_that_reads_slowly_is_not_dropped() -> None:
             got += len(await reader.read(1_000_000))
 
 
+async def test_a_client_that_takes_no_answers_gets_no_more_of_them() -> None:
+    """Found: each further request added its answer to what was waiting, without a bound."""
+    body = bytes(200_000)
+
+    async def app(exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-length", b"%d" % len(body))])
+        exchange.end(body)
+
+    async with serving(app) as served:
+        reader, writer = await served.connect(limit=1024)
+        await until(lambda: served.made)
+        protocol, state = served.made[0], served.state
+        asked = 0
+        while not protocol.is_blocked:
+            writer.write(STAY)
+            asked += 1
+            await until(lambda asked=asked: state.total_requests == asked)  # type: ignore[misc]
+        waiting = protocol.transport.get_write_buffer_size()
+        writer.write(STAY)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+
+        assert state.total_requests == asked
+        assert protocol.transport.get_write_buffer_size() <= waiting
+        for _ in range(asked + 1):
+            assert await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(len(body))
+        assert state.total_requests == asked + 1
+
+
+async def test_a_stall_of_one_answer_does_not_count_for_the_next() -> None:
+    """Found: the second answer was given up without the patience that the first one got."""
+    bodies = [bytes(10_000_000), bytes(30_000_000)]
+
+    async def app(exchange: Exchange) -> None:
+        body = bodies[served.state.total_requests]
+        exchange.start(200, [(b"content-length", b"%d" % len(body))])
+        exchange.end(body)
+
+    async with serving(app) as served:
+        reader = await _answered_and_unread(served)
+        protocol = served.made[0]
+        protocol.expire()
+        assert not protocol.transport.is_closing()
+
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(len(bodies[0]))
+        served.writers[0].write(STAY)
+        await until(lambda: served.state.total_requests == 2)
+        protocol.expire()
+
+        assert not protocol.transport.is_closing()
+
+
+async def test_a_connection_that_is_cut_off_is_not_kept_for_a_client_that_does_not_read() -> None:
+    """Found: its end was never looked at again, and the descriptor lost."""
+
+    async def app(exchange: Exchange) -> None:
+        exchange.start(200, [])
+        while not exchange.is_blocked:
+            exchange.write(bytes(100_000))
+        await exchange.more_body()
+
+    chunked = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    for last in (b"no chunk\r\n", b"1\r\nx\r\n"):
+        async with serving(app) as served:
+            _, writer = await served.connect(limit=1024)
+            writer.write(chunked)
+            await until(lambda served=served: served.made and served.made[0].is_blocked)  # type: ignore[misc]
+            writer.write(last)
+            transport = served.made[0].transport
+            await until(transport.is_closing)
+            assert served.state.connections
+
+            assert served.made[0].ends_at < float("inf")
+            served.made[0].expire()
+            served.made[0].expire()
+            await until(lambda served=served: not served.state.connections)  # type: ignore[misc]
+
+
 async def test_an_asgi_application_is_served_and_told_when_its_client_leaves() -> None:
     seen: list[str] = []
 

@@ -170,3 +170,75 @@ async def test_a_request_that_is_no_http_is_never_served(echo: Served) -> None:
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.count(b"HTTP/1.1 4") == 1
     assert not echo.state.tasks
+
+
+async def test_a_target_that_is_no_url_is_refused(echo: Served) -> None:
+    """Found: it was answered with 500."""
+    answer = await echo.ask(b"GET http://[x/ HTTP/1.1\r\nhost: x\r\n\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert not echo.state.tasks
+
+
+async def test_the_size_of_every_head_is_known() -> None:
+    """Found: that of all requests but the first was taken for 0, so no limit held for it."""
+    sizes: list[int] = []
+
+    async def app(exchange: Exchange) -> None:
+        sizes.append(exchange.head_bytes)
+        exchange.start(200, [(b"content-length", b"0")])
+        exchange.end()
+
+    request = b"GET / HTTP/1.1\r\nhost: x\r\nx-filler: %b\r\n\r\n" % (b"a" * 5000)
+    async with serving(app) as served:
+        reader, writer = await served.connect()
+        for _ in range(3):
+            writer.write(request)
+            await one_answer(reader)
+
+    assert sizes == [len(request)] * 3
+
+
+INVITED = (
+    b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 8\r\n"
+    b"connection: close\r\n\r\n"
+)
+
+
+async def test_a_client_is_invited_to_send_its_body_once() -> None:
+    """Found: it was before every part of the body, and Go's client gives up at the sixth."""
+    waits = 0
+
+    async def app(exchange: Exchange) -> None:
+        nonlocal waits
+        while not exchange.is_whole:
+            exchange.take_body()
+            waits += 1
+            await exchange.more_body()
+        exchange.start(200, [(b"content-length", b"0")])
+        exchange.end()
+
+    async with serving(app) as served:
+        reader, writer = await served.connect()
+        writer.write(INVITED)
+        for number in range(1, 9):
+            await until(lambda number=number: waits >= number)  # type: ignore[misc]
+            writer.write(b"x")
+        answer = await reader.read()
+
+    assert waits >= 8
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+
+
+async def test_a_body_that_was_not_invited_leaves_no_doubt_about_what_comes_next() -> None:
+    """The client may send it or go on with its next request, which would pass for the body."""
+
+    async def app(exchange: Exchange) -> None:
+        exchange.start(413, [(b"content-length", b"0")])
+        exchange.end()
+
+    async with serving(app) as served:
+        answer = await served.ask(INVITED.replace(b"connection: close\r\n", b""))
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer
