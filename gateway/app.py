@@ -40,7 +40,9 @@ def build_app(services: Services) -> ASGIApp:
             headers = ((b"www-authenticate", b"Bearer"),)
             kind = "authentication_error"
             raise ApiError(401, "invalid_api_key", message, kind=kind, headers=headers)
-        return Response(services.metrics.render(), media_type=CONTENT_TYPE.decode())
+        services.metrics.fold()
+        text = await services.aside.run(services.metrics.text)
+        return Response(text, media_type=CONTENT_TYPE.decode())
 
     return Litestar(
         route_handlers=[livez, readyz, metrics],

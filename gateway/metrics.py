@@ -182,6 +182,10 @@ class Metrics:
     def render(self) -> bytes:
         """The text format, of all workers."""
         self.fold()
+        return self.text()
+
+    def text(self) -> bytes:
+        """What was folded by now. It takes long when there are many models; any thread may ask."""
         registry = self.registry
         if self._multiprocess_dir:
             registry = CollectorRegistry()

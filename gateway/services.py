@@ -19,6 +19,7 @@ from config.settings import Settings
 from gateway.catalog import Catalog, build_catalog
 from gateway.metrics import Metrics, watch_loop
 from gateway.providers.http import HttpClient
+from gateway.relay.aside import Aside
 from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
 from gateway.relay.watchdog import Watchdogs
@@ -71,6 +72,7 @@ class Services:
         self.is_draining = False
         self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)
+        self.aside = Aside()
         self.open_calls = 0
         self.drains = 0
 

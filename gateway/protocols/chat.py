@@ -5,12 +5,12 @@ https://platform.openai.com/docs/api-reference/chat
 """
 
 import re
-from collections.abc import Iterable
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import ApiError, invalid
+from gateway.protocols.bounds import decoded, is_in, matches_in, refuse_swarm
 from gateway.protocols.facts import CallFacts
 
 NAME = "chat.completions"
@@ -74,36 +74,37 @@ TIERS_AT_LIST_PRICE = frozenset({b'"auto"', b'"default"', b"null"})
 
 # Tools that the client runs; the provider only writes the call, in tokens.
 TOOLS_RUN_BY_CLIENTS = frozenset({"function", "custom"})
-SWARM_BYTES_MIN = 64 * 1024
-ELEMENTS_MAX = 100_000
-NAMED_MAX = 300_000
+NAME_CHARS_MAX = 1000
+OPTIONS_BYTES_MAX = 16 * 1024
 
 _top = msgspec.json.Decoder(dict[str, Raw])
 _text = msgspec.json.Decoder(str)
 _options = msgspec.json.Decoder(dict[str, Raw])
 _modalities = msgspec.json.Decoder(list[str] | None)
 _INTEGER = re.compile(rb"\d{1,9}")
-_CONTENT_PARTS = re.compile(rb'"content"\s*:\s*[\[{]')
+# Where a piece ends the rest may follow in the next one.
+_CONTENT_PARTS = re.compile(rb'"content"\s*(?::\s*(?:[\[{]|\Z)|\Z)')
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     content: Raw | UnsetType = UNSET
 
 
-class _Part(msgspec.Struct):
+class _Part(msgspec.Struct, gc=False):
     type: str = ""
 
 
 _messages = msgspec.json.Decoder(list[_Message])
 _tools = msgspec.json.Decoder(list[_Part] | None)
 _parts = msgspec.json.Decoder(list[Raw])
+_kinds = msgspec.json.Decoder(list[_Part])
 _part = msgspec.json.Decoder(_Part)
 
 
 def read_facts(body: bytes) -> CallFacts:
     """The facts of a request. Raises ApiError 400, naming the parameter."""
-    _refuse_swarm(body)
     try:
+        refuse_swarm(body)
         if not body.isascii():
             body.decode()  # the decoder looks only at what it reads; later steps rely on UTF-8
         fields = _top.decode(body)
@@ -111,7 +112,7 @@ def read_facts(body: bytes) -> CallFacts:
         raise invalid(f"The body is no valid JSON object: {exc}.") from exc
     _refuse_keys(fields)
     _refuse_tools(fields)
-    hidden = _HIDDEN_ASCII.search(body) is not None
+    hidden = is_in(_HIDDEN_ASCII, body)
     options = _stream_options(fields)
     image_parts, image_bytes = _count_images(fields, hidden)
     limits = [_integer(fields, key) for key in ("max_completion_tokens", "max_tokens")]
@@ -165,9 +166,9 @@ def prompt_text(facts: CallFacts) -> str:
         if raw is None:
             continue
         try:
-            _collect_text(msgspec.json.decode(raw), texts)
+            _collect_text(decoded(raw), texts)
         except (msgspec.DecodeError, RecursionError):
-            # Numbers out of range, or nested too deep: what it is made of is counted as it stands.
+            # Numbers out of range, nested too deep, too much: it is counted as it stands.
             texts.append(bytes(raw).decode())
     return "\n".join(texts)
 
@@ -190,7 +191,7 @@ def _collect_text(value: object, texts: list[str]) -> None:
 def _has_doubles(body: bytes, fields: dict[str, Raw]) -> bool:
     """True when a key that costs money may be there twice (or its name is used elsewhere, too)."""
     seen: set[bytes] = set()
-    for number, match in enumerate(_QUOTED.finditer(body)):
+    for number, match in enumerate(matches_in(_QUOTED, body)):
         name = match[1]
         if number > NAMES_MAX:
             return True  # it would take long to be sure; being wrong costs one encoding
@@ -198,14 +199,6 @@ def _has_doubles(body: bytes, fields: dict[str, Raw]) -> bool:
             return True
         seen.add(name)
     return False
-
-
-def _refuse_swarm(body: bytes) -> None:
-    """Millions of tiny elements would hold the event loop for seconds; no prompt has that many."""
-    if len(body) < SWARM_BYTES_MIN:
-        return
-    if body.count(b"{") + body.count(b"[") > ELEMENTS_MAX or body.count(b'":') > NAMED_MAX:
-        raise invalid(f"The body has more than {ELEMENTS_MAX} objects and lists.")
 
 
 def _refuse_tools(fields: dict[str, Raw]) -> None:
@@ -221,6 +214,8 @@ def _refuse_tools(fields: dict[str, Raw]) -> None:
 
 
 def _refuse_keys(fields: dict[str, Raw]) -> None:
+    if max(map(len, fields), default=0) > NAME_CHARS_MAX:
+        raise invalid(f"The name of a field has more than {NAME_CHARS_MAX} characters.")
     for key in fields:
         # Go's decoder takes MAX_TOKENS for max_tokens.
         folded = key.casefold()
@@ -279,6 +274,8 @@ def _stream_options(fields: dict[str, Raw]) -> dict[str, Raw]:
     raw = fields.get("stream_options")
     if raw is None or bytes(raw) == b"null":
         return {}
+    if len(bytes(raw)) > OPTIONS_BYTES_MAX:
+        raise invalid("'stream_options' is too large.", "stream_options")
     try:
         return _options.decode(raw)
     except msgspec.DecodeError as exc:
@@ -286,8 +283,13 @@ def _stream_options(fields: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def _wants_audio(fields: dict[str, Raw]) -> bool:
+    raw = fields.get("modalities")
+    if raw is None:
+        return False
+    if len(bytes(raw)) > OPTIONS_BYTES_MAX:
+        raise invalid("'modalities' is too large.", "modalities")
     try:
-        modalities = _modalities.decode(fields.get("modalities", b"null")) or []
+        modalities = _modalities.decode(raw) or []
     except msgspec.DecodeError as exc:
         raise invalid("'modalities' must be a list of strings.", "modalities") from exc
     if not {"text", "audio"}.issuperset(modalities):
@@ -299,31 +301,42 @@ def _wants_audio(fields: dict[str, Raw]) -> bool:
 def _count_images(fields: dict[str, Raw], hidden: bool) -> tuple[int, int]:
     """(image parts, their bytes). Only text and images have a price; other parts are refused."""
     raw = fields.get("messages")
-    if raw is None or not (hidden or _CONTENT_PARTS.search(bytes(raw))):
+    if raw is None or not (hidden or is_in(_CONTENT_PARTS, bytes(raw))):
         return 0, 0
+    count = size = 0
     try:
-        messages = _messages.decode(raw)
-        parts = list(_content_parts(messages))
-        kinds = [(_part.decode(part).type, len(bytes(part))) for part in parts]
+        for message in _messages.decode(raw):
+            if not isinstance(message.content, Raw):
+                continue
+            first = bytes(memoryview(message.content)[:1])
+            if first == b"[":
+                found = _images_in(message.content)
+                count, size = count + found[0], size + found[1]
+            # A single part is not in the specification, but some servers take it.
+            elif first == b"{" and _is_image(_part.decode(message.content)):
+                count, size = count + 1, size + len(bytes(message.content))
     except (msgspec.DecodeError, RecursionError) as exc:
         raise invalid(f"'messages' is malformed: {exc}.", "messages") from exc
-    for kind, _ in kinds:
-        if kind not in {"text", "refusal", "image_url"}:
-            message = f"Content of type '{kind[:64]}' has no price here."
-            raise invalid(message, "messages", "unpriced_parameter")
-    images = [size for kind, size in kinds if kind == "image_url"]
-    return len(images), sum(images)
+    return count, size
 
 
-def _content_parts(messages: list[_Message]) -> Iterable[Raw]:
-    for message in messages:
-        if not isinstance(message.content, Raw):
-            continue
-        first = bytes(message.content)[:1]
-        if first == b"[":
-            yield from _parts.decode(message.content)
-        elif first == b"{":  # not in the specification, but some servers take a single part
-            yield message.content
+def _images_in(content: Raw) -> tuple[int, int]:
+    """(image parts, their bytes) of one message."""
+    are_images = [_is_image(part) for part in _kinds.decode(content)]
+    if True not in are_images:
+        return 0, 0
+    # Only now: this list takes anything, and what is no object has been refused.
+    parts = zip(_parts.decode(content), are_images, strict=True)
+    sizes = [len(bytes(part)) for part, is_image in parts if is_image]
+    return len(sizes), sum(sizes)
+
+
+def _is_image(part: _Part) -> bool:
+    """Raises ApiError for what has no price."""
+    if part.type not in {"text", "refusal", "image_url"}:
+        message = f"Content of type '{part.type[:64]}' has no price here."
+        raise invalid(message, "messages", "unpriced_parameter")
+    return part.type == "image_url"
 
 
 def unknown_model(model: str, nearest: list[str]) -> ApiError:

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from billing.money import read_reported_usd, usd_text
 from billing.usage import Usage
+from gateway.protocols.bounds import find_in, is_swarm
 from gateway.protocols.facts import UsageReport
 
+# A name that is longer is none; a usage object that is longer is told in our own words.
+NAME_BYTES_MAX = 16 * 1024
+USAGE_BYTES_MAX = 16 * 1024
 _NULL = b"null"
 _ABSENT, _NO_CHOICES = Raw(_NULL), Raw(b"[]")
 # Strings beside the text of a choice.
@@ -35,7 +39,7 @@ class _Counts(msgspec.Struct):
     completion_tokens_details: _Details | None = None
 
 
-class _Told(msgspec.Struct, forbid_unknown_fields=True):
+class _Common(msgspec.Struct):
     """The fields of OpenAI's usage object: none of them is a cost."""
 
     prompt_tokens: Raw = _ABSENT
@@ -43,6 +47,10 @@ class _Told(msgspec.Struct, forbid_unknown_fields=True):
     total_tokens: Raw = _ABSENT
     prompt_tokens_details: Raw = _ABSENT
     completion_tokens_details: Raw = _ABSENT
+
+
+class _Told(_Common, forbid_unknown_fields=True):
+    """They and no others."""
 
 
 class _CostDetails(msgspec.Struct):
@@ -121,6 +129,7 @@ _answer = msgspec.json.Decoder(Answer)
 _usage = msgspec.json.Decoder(_Usage)
 _counts = msgspec.json.Decoder(_Counts)
 _cost = msgspec.json.Decoder(_Cost)
+_common = msgspec.json.Decoder(_Common)
 _told = msgspec.json.Decoder(_Told)
 _said = msgspec.json.Decoder(_Text)
 _fields = msgspec.json.Decoder(dict[str, Raw])
@@ -140,6 +149,8 @@ def read_answer(data: bytes) -> Answer | None:
 
 def read_string(raw: Raw) -> str:
     """A string field, cut to a length that fits a receipt; '' when it is something else."""
+    if len(memoryview(raw)) > NAME_BYTES_MAX:
+        return ""
     try:
         return _string.decode(raw)[:256].replace("\x00", "")
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -222,6 +233,9 @@ def usage_for_client(raw: Raw, price_nanos: int, receipt_id: str) -> bytes:
         _encoder.encode(receipt_id),
     )
     data = bytes(raw)
+    if len(data) > USAGE_BYTES_MAX:
+        data = _shortened(data)
+        raw = Raw(data)
     if _is_plain(data):
         head = data[:-1].rstrip()
         return head + price if head == b"{" else b"%b,%b" % (head, price)
@@ -247,6 +261,17 @@ def _is_plain(data: bytes) -> bool:
     return True
 
 
+def _shortened(data: bytes) -> bytes:
+    """Of an object that is too large, the fields that clients are told, if they are not."""
+    try:
+        told = _common.decode(data)
+    except _UNREADABLE:
+        return b"{}"
+    fields = {name: getattr(told, name) for name in told.__struct_fields__}
+    short = {k: v for k, v in fields.items() if v != _ABSENT and len(memoryview(v)) < 1024}
+    return _encoder.encode(short)
+
+
 def usage_object(usage: Usage) -> Raw:
     """A usage object for an answer whose provider sent none."""
     return Raw(
@@ -265,12 +290,12 @@ def with_usage(data: bytes, answer: Answer, new: bytes) -> bytes:
 
     Where it cannot (the key is there twice, written with escapes, or missing), the values stay.
     """
-    key = data.find(b'"usage"')
-    if key >= 0 and answer.has_usage and data.find(b'"usage"', key + 1) < 0:
-        old = bytes(answer.usage)
-        at = data.find(old, key)
-        if at >= 0:
-            return data[:at] + new + data[at + len(old) :]
+    place = usage_place(data, answer)
+    if place is not None:
+        return data[: place[0]] + new + data[place[1] :]
+    if is_swarm(data):  # only what we read of it
+        told = {k: v for k, v in structs.asdict(answer).items() if v != _ABSENT}
+        return _encoder.encode({**told, "usage": Raw(new)})
     try:
         fields = _fields.decode(data)
     except _UNREADABLE:
@@ -279,8 +304,27 @@ def with_usage(data: bytes, answer: Answer, new: bytes) -> bytes:
     return msgspec.json.encode(fields)
 
 
+def usage_place(data: bytes, answer: Answer) -> tuple[int, int] | None:
+    """Where in the JSON its usage object begins and ends; None when that is not sure."""
+    key = find_in(data, b'"usage"', 0)
+    if key >= 0 and answer.has_usage and find_in(data, b'"usage"', key + 1) < 0:
+        old = bytes(answer.usage)
+        at = data.find(old, key)
+        if at >= 0:
+            return at, at + len(old)
+    return None
+
+
 def texts_in(data: bytes) -> Iterator[str]:
-    """The texts that one JSON body or frame carries to the user, tool calls included."""
+    """The texts that one JSON body or frame carries to the user, tool calls included.
+
+    From more elements than any answer has, the JSON itself.
+    """
+    if is_swarm(data):
+        answer = read_answer(data)
+        if answer is not None and is_swarm(bytes(answer.choices)):
+            yield bytes(answer.choices).decode(errors="replace")
+            return
     try:
         choices = _said.decode(data).choices or []
     except _UNREADABLE:

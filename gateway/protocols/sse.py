@@ -5,6 +5,10 @@ an error or the end are looked into.
 https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
 """
 
+import re
+
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
+_DATA = re.compile(rb"^data: ?([^\n]*)", re.MULTILINE)
 DONE_FRAME = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
 
@@ -30,26 +34,24 @@ def first_end(data: bytes, start: int) -> int:
 
 def split_frames(complete: bytes) -> list[bytes]:
     """Complete frames, each with its empty line; further empty lines are frames without data."""
-    frames = []
-    start = 0
-    while start < len(complete):
-        end = first_end(complete, start)
-        if end < 0:  # an empty line too many
-            end = len(complete)
-        frames.append(complete[start:end])
-        start = end
-    return frames
+    ends = [match.end() for match in _EMPTY_LINE.finditer(complete)]
+    if not ends or ends[-1] < len(complete):  # an empty line too many
+        ends.append(len(complete))
+    return [complete[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def frames_with(key: bytes, complete: bytes) -> list[bytes]:
+    """The frames that contain key, without their empty lines."""
+    if b"\r" in complete:
+        complete = complete.replace(b"\r\n", b"\n")
+    return [frame for frame in complete.split(b"\n\n") if key in frame]
 
 
 def payload_of(frame: bytes) -> bytes:
     """The data of a frame: its `data:` lines, joined; b'' for comments."""
-    if frame.startswith(b"data: ") and frame.find(b"\n") >= len(frame) - 2:
+    if frame.startswith(b"data: ") and frame.find(b"\n", 0, len(frame) - 2) < 0:
         return frame[6:].rstrip(b"\r\n")
-    lines = []
-    for line in frame.replace(b"\r\n", b"\n").split(b"\n"):
-        if line.startswith(b"data:"):
-            lines.append(line[5:].removeprefix(b" "))
-    return b"\n".join(lines)
+    return b"\n".join(_DATA.findall(frame.replace(b"\r\n", b"\n")))
 
 
 def with_payload(frame: bytes, old: bytes, new: bytes) -> bytes:

@@ -3,7 +3,7 @@
 import zlib
 
 # A bomb is inflated piece by piece, so that the relay's bounds apply.
-PIECE_BYTES_MAX = 1024 * 1024
+PIECE_BYTES_MAX = 64 * 1024
 # Compressed bytes that hold nothing; sound ones have at most a header's worth in a row.
 EMPTY_BYTES_MAX = 64 * 1024
 _INFLATABLE = frozenset({"deflate", "gzip", "x-gzip"})
@@ -42,6 +42,11 @@ class Inflater:
         if self._empty > EMPTY_BYTES_MAX:
             raise BadCompression("it is badly compressed")
         return piece
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `next` has more without being fed."""
+        return bool(self._tail)
 
     def end(self) -> None:
         """The body ended here. Raises BadCompression when the compression did not."""

@@ -148,6 +148,8 @@ class HttpReply:
     async def _read_inflated(self) -> bytes:
         inflater = self._inflater
         assert inflater is not None
+        if inflater.has_more:
+            await asyncio.sleep(0)  # a bomb has very many pieces
         try:
             while not (piece := inflater.next()):
                 while not self._pieces and self._source is not None:

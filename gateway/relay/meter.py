@@ -99,6 +99,9 @@ class StreamMeter:
     def _look_into(self, complete: bytes) -> Iterator[Piece]:
         plain: list[bytes] = []
         for frame in sse.split_frames(complete):
+            if not sse.may_matter(frame):
+                plain.append(frame)
+                continue
             piece = self._piece_of(frame)
             if piece.kind is PieceKind.PLAIN:
                 plain.append(piece.data)
@@ -122,7 +125,7 @@ class StreamMeter:
         payload = sse.payload_of(frame)
         if payload.strip() == b"[DONE]":
             return Piece(PieceKind.DONE, frame)
-        answer = read_answer(payload) if sse.may_matter(frame) else None
+        answer = read_answer(payload)
         if answer is None or not (answer.has_error or answer.has_usage):
             return Piece(PieceKind.PLAIN, frame)
         self.seen.note(answer)
@@ -171,12 +174,15 @@ class StreamMeter:
 
 
 class BodyMeter:
-    """A whole JSON answer."""
+    """A whole JSON answer. `is_completion`: it has the shape of one."""
 
     def __init__(self, body: bytes) -> None:
+        self.body = body
         self.seen = Seen()
         self.seen.bytes = len(body)
         self.answer = read_answer(body)
         if self.answer is not None:
             self.seen.note(self.answer)
             self.seen.keep_body(body)
+        answer = self.answer
+        self.is_completion = answer is not None and (answer.has_usage or answer.has_choices)

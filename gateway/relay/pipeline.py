@@ -6,6 +6,7 @@ from gateway.errors import ApiError, to_api_error
 from gateway.http1.exchange import Exchange
 from gateway.protocols import chat
 from gateway.relay.admit import admit, prepare
+from gateway.relay.aside import LARGE_BYTES
 from gateway.relay.call import Arrival, Call
 from gateway.relay.http_in import (
     ClientLeft,
@@ -59,7 +60,11 @@ async def _prepared(services: Services, arrival: Arrival, exchange: Exchange) ->
     body = await read_body(
         exchange, headers, limits.body_bytes_max, timeouts.body_s, services.bodies
     )
-    return prepare(services, arrival, caller, chat.read_facts(body))
+    if len(body) < LARGE_BYTES:
+        facts = chat.read_facts(body)
+    else:
+        facts = await services.aside.run(lambda: chat.read_facts(body))
+    return prepare(services, arrival, caller, facts)
 
 
 async def _void(services: Services, call: Call) -> None:

@@ -19,6 +19,7 @@ ALL_KEPT_BYTES_MAX = 16 * 1024 * 1024
 KEPT_BYTES_MAX_THEN = 4 * 1024
 # Text beyond this is only measured: memory must not grow with the answer.
 TEXT_CHARS_MAX = 1024 * 1024
+FRAMES_WITH_IDS = 8
 
 
 class Kept:
@@ -106,8 +107,9 @@ class Seen:
         ALL_KEPT.bytes -= self._kept_bytes
 
     def _learn_ids(self) -> None:
-        """Model and id from the first frame, when no frame with usage told them."""
-        for frame in sse.split_frames(b"".join(self._kept[:1])):
+        """Model and id from the first frames, when no frame with usage told them."""
+        frames = sse.frames_with(b'"model"', b"".join(self._kept[:1]))
+        for frame in frames[:FRAMES_WITH_IDS]:
             answer = read_answer(sse.payload_of(frame))
             if answer is not None:
                 self.model = self.model or read_string(answer.model)
@@ -118,5 +120,6 @@ class Seen:
             self._learn_ids()
         kept = self._kept
         self.release()
-        frames = sse.split_frames(b"".join(kept))
+        # Comments and the like would cost as much as frames with text.
+        frames = sse.frames_with(b'"choices"', b"".join(kept))
         self.add_text(text for frame in frames for text in texts_in(sse.payload_of(frame)))

@@ -4,6 +4,7 @@ The head waits for the first frame, so that a provider's early failure keeps its
 seconds of silence it goes out with a comment line.
 """
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from gateway.relay.watchdog import DeadlineMissed
 if TYPE_CHECKING:
     from gateway.relay.reply import Reply
 
+# A larger chunk is looked at in parts, and others have their turn in between.
+TURN_BYTES = 16 * 1024
 # How long and how far to read on after [DONE]; many servers send the end of the body separately.
 READ_OUT_S = 0.1
 READ_OUT_BYTES_MAX = 16 * 1024
@@ -52,12 +55,14 @@ class _StreamRelay:
         self.reply = reply
         self.client = reply.client
         self.timeouts = settings.timeouts
+        self.silence_s = min(self.timeouts.keepalive_comment_s, self.timeouts.upstream_chunk_s)
         self.drain_bytes_max = settings.limits.drain_bytes_max
         self.wants_usage = reply.call.facts.wants_usage
         self.meter = StreamMeter(buffer_bytes_max=settings.limits.stream_buffer_bytes_max)
         self.usage_piece: Piece | None = None
         self.drained = 0
         self.pieces: list[Piece] = []
+        self.ahead = b""
         self.dog = reply.dog
         self.began_at = self.last_at = self.dog.now()
         reply.seen = self.meter.seen
@@ -85,16 +90,22 @@ class _StreamRelay:
                 await self._broke_off(exc)
 
     def _take(self, chunk: bytes) -> bool:
-        """Pass on what came; False when the task must look after it: the rest is in `pieces`."""
+        """Pass on what came; False when the task must look after it.
+
+        The rest is in `pieces` then, or in `ahead`.
+        """
+        if len(chunk) > TURN_BYTES:
+            self.ahead += chunk
+            return False
         exchange = self.client.exchange
-        self.last_at = self.dog.extend(self.timeouts.keepalive_comment_s)
-        if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
-            exchange.write(chunk)
-            return not exchange.is_blocked
+        self.last_at = self.dog.extend(self.silence_s)
         call = self.reply.call
         if call.first_byte_at is None:
             call.first_byte_at = time.time()
             call.upstream_wait_s += self.last_at - self.began_at
+        if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
+            exchange.write(chunk)
+            return not exchange.is_blocked
         if exchange.gone:
             self.drained += len(chunk)
         self.pieces = self.meter.feed(chunk)
@@ -107,15 +118,19 @@ class _StreamRelay:
         """
         upstream, chunk_s = self.reply.upstream, self.timeouts.upstream_chunk_s
         assert upstream is not None
+        while self.ahead:
+            # Where the whole call's deadline is seen when there is always more.
+            await self.dog.wait(asyncio.sleep(0), chunk_s)
+            part, self.ahead = self.ahead[:TURN_BYTES], self.ahead[TURN_BYTES:]
+            if not self._take(part):
+                return True
         self.began_at = self.last_at = self.dog.now()
         while True:
             left_s = chunk_s - (self.dog.now() - self.last_at)
             try:
-                return await self.dog.wait(
-                    upstream.pump(self._take), min(self.timeouts.keepalive_comment_s, left_s)
-                )
+                return await self.dog.wait(upstream.pump(self._take), min(self.silence_s, left_s))
             except (UpstreamFailed, DeadlineMissed) as exc:
-                if self.pieces:
+                if self.pieces or self.ahead:
                     return True  # they came before it
                 if isinstance(exc, UpstreamFailed):
                     raise
