@@ -20,6 +20,7 @@ COLONS_BESIDE_MAX = 20_000
 # With more commas a field may hold so many values that building them would take long.
 COMMAS_MAX = 400_000
 PIECE_BYTES = 512 * 1024
+RARE = 100
 # Longer than any match but for white space.
 OVERLAP_BYTES = 64
 
@@ -44,13 +45,24 @@ def refuse_swarm(body: bytes) -> None:
     """
     if len(body) < SWARM_BYTES_MIN:
         return
-    if body.count(b"{") + body.count(b"[") > ELEMENTS_MAX or body.count(b'":') > NAMED_MAX:
+    colons = _count(body, b":")
+    is_named_often = colons > NAMED_MAX and body.count(b'":') > NAMED_MAX
+    if is_named_often or _count(body, b"{") + _count(body, b"[") > ELEMENTS_MAX:
         raise invalid(f"The body has more than {ELEMENTS_MAX} objects and lists.")
-    colons = body.count(b":")
     if colons > COLONS_BESIDE_MAX:
         colons -= sum(bytes(raw).count(b":") for raw in structs.astuple(_long.decode(body)))
     if colons > COLONS_BESIDE_MAX:
         raise invalid("The body has too many fields.")
+
+
+def _count(data: bytes, char: bytes) -> int:
+    """As `data.count(char)`, but ten times as fast where it is rare: by memchr."""
+    at = -1
+    for found in range(RARE):
+        at = data.find(char, at + 1)
+        if at < 0:
+            return found
+    return RARE + data.count(char, at + 1)
 
 
 def is_swarm(data: bytes) -> bool:

@@ -112,7 +112,7 @@ def read_facts(body: bytes) -> CallFacts:
         raise invalid(f"The body is no valid JSON object: {exc}.") from exc
     _refuse_keys(fields)
     _refuse_tools(fields)
-    hidden = is_in(_HIDDEN_ASCII, body)
+    hidden = b"\\" in body and is_in(_HIDDEN_ASCII, body)
     options = _stream_options(fields)
     image_parts, image_bytes = _count_images(fields, hidden)
     limits = [_integer(fields, key) for key in ("max_completion_tokens", "max_tokens")]
