@@ -5,8 +5,6 @@ a message is longer than the few tokens that the chat format adds for it. Parts 
 (images) count with the model's fixed upper bound instead of their bytes.
 """
 
-import msgspec
-
 from billing.money import NANOS_MAX, price_of_sum
 from billing.prices import Rates
 
@@ -15,32 +13,15 @@ from billing.prices import Rates
 FORMAT_TOKENS = 64
 
 
-class CallSize(msgspec.Struct, frozen=True, kw_only=True):
-    """The facts of a request that bound its price."""
-
-    text_bytes: int
-    image_parts: int = 0
-    output_tokens: int
-    choices: int = 1
-
-
-def input_ceiling(size: CallSize, image_tokens_max: int) -> int:
+def input_ceiling(text_bytes: int, image_parts: int, image_tokens_max: int) -> int:
     """Upper bound of the input tokens."""
-    return input_bound(size.text_bytes, size.image_parts, image_tokens_max)
-
-
-def input_bound(text_bytes: int, image_parts: int, image_tokens_max: int) -> int:
-    """`input_ceiling` by the facts it depends on."""
     return text_bytes + FORMAT_TOKENS + image_parts * image_tokens_max
 
 
-def hold_for(size: CallSize, image_tokens_max: int, rates: Rates, markup_bps: int) -> int:
-    """Nanos to hold: the price if every token were of its dearest kind, capped to what fits."""
-    output_tokens = size.output_tokens * size.choices
-    return hold_of(input_ceiling(size, image_tokens_max), output_tokens, rates, markup_bps)
+def hold_for(input_tokens: int, output_tokens: int, rates: Rates, markup_bps: int) -> int:
+    """Nanos to hold: the price if every token were of its dearest kind, capped to what fits.
 
-
-def hold_of(input_tokens: int, output_tokens: int, rates: Rates, markup_bps: int) -> int:
-    """`hold_for` by the two bounds of tokens."""
+    Both counts are upper bounds, for all choices together.
+    """
     total = input_tokens * rates.input_rate_max + output_tokens * rates.output_rate_max
     return min(price_of_sum(total, markup_bps), NANOS_MAX)

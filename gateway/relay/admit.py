@@ -10,7 +10,7 @@ from billing.errors import (
     TillUnavailable,
 )
 from billing.prices import Rates
-from billing.quote import hold_of, input_bound
+from billing.quote import hold_for, input_ceiling
 from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
@@ -55,7 +55,7 @@ async def admit(services: Services, call: Call) -> None:
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:
     facts, route = call.facts, call.route
-    call.input_ceiling = input_bound(facts.text_bytes, facts.image_parts, route.image_tokens_max)
+    call.input_ceiling = input_ceiling(facts.text_bytes, facts.image_parts, route.image_tokens_max)
     output_tokens = facts.output_tokens or route.output_tokens_max
     call.output_max = (output_tokens + facts.extra_output_tokens) * facts.choices
     rates = call.rates
@@ -66,7 +66,7 @@ def _size_hold(call: Call, unpriced_is_free: bool) -> None:
         return
     if facts.image_parts or facts.audio_output:
         _refuse_unpriced(facts, route, rates)
-    call.hold_nanos = hold_of(call.input_ceiling, call.output_max, rates, route.markup_bps)
+    call.hold_nanos = hold_for(call.input_ceiling, call.output_max, rates, route.markup_bps)
 
 
 def _refuse_unpriced(facts: CallFacts, route: ModelRoute, rates: Rates) -> None:
