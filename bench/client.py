@@ -5,11 +5,18 @@ Times are microseconds of CLOCK_MONOTONIC, the clock of the mock's frames.
 
 import re
 import socket
+import struct
+import time
 
 from bench.wire import BadAnswer, content_length, dechunk, is_chunked
 
 READ_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024
+# SO_TIMESTAMPNS_OLD of asm-generic/socket.h: the kernel says when a packet came, in seconds and
+# nanoseconds of CLOCK_REALTIME (https://docs.kernel.org/networking/timestamping.html).
+SO_TIMESTAMPNS = 35
+STAMP = struct.Struct("@ll")
+STAMP_BYTES = socket.CMSG_SPACE(STAMP.size)
 MARK = re.compile(rb"@(\d{1,9}):(\d{1,18})@")
 
 
@@ -55,13 +62,21 @@ class Exchange:
 
 
 class Connection:
-    """Connects at once (loopback). `read` gives the frames that came; `is_free` tells the end."""
+    """Connects at once (loopback). `read` gives the frames that came; `exchange` is None then.
 
-    def __init__(self, host: str, port: int) -> None:
+    stamped: `came_at` is the moment at which the kernel got what `read` took, so that it need not
+    be read at once.
+    """
+
+    def __init__(self, host: str, port: int, *, stamped: bool = False) -> None:
         self.sock = socket.create_connection((host, port), timeout=5)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if stamped:
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.sock.setblocking(False)
+        self.is_stamped = stamped
+        self.came_at = 0
         self.fd = self.sock.fileno()
         self.exchange: Exchange | None = None
         self.is_closed = False
@@ -99,8 +114,9 @@ class Connection:
 
     def read(self, now: int) -> list[tuple[int, int]]:
         """Take what is there: (number, sent at) of each frame. The exchange may end by this."""
+        self.came_at = now
         try:
-            data = self.sock.recv(READ_BYTES)
+            data = self._receive_stamped() if self.is_stamped else self.sock.recv(READ_BYTES)
         except BlockingIOError:
             return []
         except OSError as exc:
@@ -115,6 +131,15 @@ class Connection:
         except (BadAnswer, ValueError) as exc:
             self._fail(f"bad answer: {exc}")
             return []
+
+    def _receive_stamped(self) -> bytes:
+        data, ancillary, _, _ = self.sock.recvmsg(READ_BYTES, STAMP_BYTES)
+        for level, kind, stamp in ancillary:
+            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+                whole, nanoseconds = STAMP.unpack(stamp[: STAMP.size])
+                ago_ns = time.time_ns() - (whole * 1_000_000_000 + nanoseconds)
+                self.came_at = (time.monotonic_ns() - ago_ns) // 1000
+        return data
 
     def _end_of_input(self, data: bytes) -> None:
         """The peer closed; or it said something that nobody had asked for."""

@@ -114,8 +114,16 @@ def _clock_s(stat: Stat) -> float:
         return (stat.user + stat.system) / TICKS_PER_S
 
 
+def members(root: int, without: Iterable[int] = ()) -> list[Stat]:
+    """The processes of a group as it is now."""
+    return tree(root, all_stats(), without)
+
+
 def watch_groups(groups: dict[str, tuple[int, tuple[int, ...]]]) -> dict[str, Cpu]:
-    """CPU now by group name; a group is the tree of a pid without some other trees."""
+    """CPU now by group name; a group is the tree of a pid without some other trees.
+
+    It looks at every process of the machine: some milliseconds.
+    """
     stats = all_stats()
     return {name: cpu_of(tree(root, stats, without)) for name, (root, without) in groups.items()}
 

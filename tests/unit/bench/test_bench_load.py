@@ -76,6 +76,25 @@ async def test_a_closed_loop_sees_every_frame_of_a_stream(mock: str) -> None:
     assert percentile(result.transit, 50) < 20_000
 
 
+async def test_the_kernel_tells_when_an_answer_came_that_is_read_later(mock: str) -> None:
+    """The mock answers after 5 ms; the answers are read when the next request is due."""
+    slow = Kind(prompt_bytes=512, shape=Shape(first_ms=5))
+    load = Load(job(mock, slow, rate=600.0, connections=32))
+    result = load.run()
+
+    assert load.is_stamped
+    assert result.errors == {}
+    assert 100 < result.requests < 400
+    assert 4_000 < percentile(result.latency, 50) < 15_000
+    # The mock's timer may be a millisecond early; a stamp by another clock would be far away.
+    assert percentile(result.latency, 0) > 3_500
+
+
+def test_frames_of_a_stream_are_read_as_they_come() -> None:
+    streams = Kind(prompt_bytes=512, stream=True)
+    assert not Load(job("http://127.0.0.1:1", streams, rate=5_000.0)).is_stamped
+
+
 @pytest.mark.parametrize(
     ("shape", "stream", "problem"),
     [
@@ -147,6 +166,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 def received(pieces: list[bytes], *, chunks: int = 2) -> Exchange:
     connection = Connection.__new__(Connection)
+    connection.is_stamped = False
     connection.sock = Wire(*pieces)  # type: ignore[assignment]
     connection.exchange, connection.is_closed = None, False
     exchange = Exchange(0, True, chunks)
