@@ -30,6 +30,7 @@ CONFIG = """\
 [server]
 port = 0
 workers = {workers}
+pin_workers = {pin}
 
 [keys]
 mode = "test"
@@ -164,14 +165,21 @@ SELECT
 
 
 @asynccontextmanager
-async def running_gateway(folder: Path, mock_url: str, workers: int = 1) -> AsyncIterator[Gateway]:
+async def running_gateway(
+    folder: Path, mock_url: str, workers: int = 1, *, pin: bool = False
+) -> AsyncIterator[Gateway]:
     """A gateway in front of the mock. Raises ChildFailed when it does not come up."""
     from gateway.embedded.stores import open_stores
 
     pepper = secrets.token_hex(32)
     config, data = folder / "farebox.toml", folder / "data"
     text = CONFIG.format(
-        workers=workers, open_max=OPEN_MAX, folder=folder, mock_url=mock_url, model=MODEL
+        workers=workers,
+        pin="true" if pin else "false",
+        open_max=OPEN_MAX,
+        folder=folder,
+        mock_url=mock_url,
+        model=MODEL,
     )
     config.write_text(text, "utf-8")
     env = {name: value for name, value in os.environ.items() if not name.startswith("FAREBOX_")}

@@ -24,6 +24,7 @@ from bench.mock import Counts
 from bench.processes import Child, child
 from bench.report import Account, Report, make_report
 from bench.segment import Plan, Segment, run_segment
+from gateway.affinity import allowed_cpus, move, places_for
 
 Progress = Callable[[float, str], None]
 RATE_WITHOUT_PEAK = 100.0
@@ -43,6 +44,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Shares of that rate; the figures are those of share 1, the others are for the curve."""
     loaders: int = 1
     workers: int = 1
+    pin: bool = False
+    """`server.pin_workers`, and the load off those processors, if there are enough of them."""
     seed: int = 1
     mock_port: int = 0
     budget_s: float = 0.0
@@ -67,6 +70,7 @@ class Run:
         self.loaders: list[Child] = []
         self.mock_url = ""
         self.mock_pid = 0
+        self.cpus = allowed_cpus()
         self.began = time.monotonic()
         self.round_s = 0.0
 
@@ -80,13 +84,19 @@ class Run:
         self.arms.append(arm_at("direct", f"{self.mock_url}/v1"))
         if options.with_gateway:
             self.gateway = await stack.enter_async_context(
-                running_gateway(folder, self.mock_url, options.workers)
+                running_gateway(folder, self.mock_url, options.workers, pin=options.pin)
             )
             self.arms.append(self.gateway.arm)
         self.arms.extend(options.peers)
         for number in range(options.loaders):
             loader = child(f"load{number}", ("-m", "bench.load"), folder)
             self.loaders.append(await stack.enter_async_context(loader))
+        if options.pin:
+            stack.callback(move, 0, self.cpus)
+            # Clients and providers are elsewhere: here, off the processors of the workers.
+            others = places_for(options.workers, self.cpus).others
+            for pid in (0, mock.pid, *(loader.pid for loader in self.loaders)):
+                move(pid, others)
 
     async def measure(self) -> None:
         for number in range(self.options.rounds):
@@ -177,6 +187,7 @@ class Run:
 
     async def finish(self) -> Report:
         self.progress(0, "audit")
+        move(0, self.cpus)
         audit, drift = None, None
         if self.gateway is not None:
             drift = await self.gateway.drift_nanos()

@@ -40,6 +40,7 @@ class Server(Table, frozen=True, kw_only=True):
     host: Text = "127.0.0.1"
     port: Port = 8080
     workers: Workers = 1
+    pin_workers: bool = False
     drain_timeout_s: WholeSeconds = 120
     keepalive_timeout_s: WholeSeconds = 75
 

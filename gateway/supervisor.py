@@ -25,6 +25,7 @@ import msgspec
 
 from config.secret import Secret
 from config.settings import Settings
+from gateway.affinity import Places, allowed_cpus, choose_places, move
 from gateway.embedded.identity import LAUNCHER
 
 log = logging.getLogger("gateway.supervisor")
@@ -85,8 +86,15 @@ def _conceal(kind: type, value: object) -> object:
 class Workers:
     """N worker processes on one socket."""
 
-    def __init__(self, settings: Settings, sock: socket.socket, metrics_dir: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sock: socket.socket,
+        metrics_dir: str,
+        cpus: Places | None = None,
+    ) -> None:
         self._settings = settings
+        self._cpus = cpus or Places()
         self._places = range(settings.server.workers)
         self._sock = sock
         self._metrics_dir = metrics_dir
@@ -132,6 +140,9 @@ class Workers:
             start_new_session=True,
             env=env,
         )
+        cpu = self._cpus.of_worker(place)
+        # Before it has any threads: they stay where it is.
+        move(process.pid, () if cpu is None else (cpu,))
         self._processes[place] = process
 
     async def _hand_over(self, place: int) -> None:
@@ -216,13 +227,19 @@ async def launched_workers(
 ) -> AsyncIterator[Workers]:
     """Processes that are ready for `start`; whoever starts them stops them before the stores."""
     metrics_dir = tempfile.mkdtemp(prefix="farebox-") if settings.server.workers > 1 else ""
-    workers = Workers(settings, sock, metrics_dir)
+    before = allowed_cpus()
+    cpus = choose_places(settings.server.workers) if settings.server.pin_workers else Places()
+    workers = Workers(settings, sock, metrics_dir, cpus)
     try:
+        # The stores begin where we are.
+        move(0, cpus.others)
         try:
             await workers.launch()
             yield workers
         finally:
             await workers.stop(hurry)
     finally:
+        if cpus.others:
+            move(0, before)
         if metrics_dir:
             shutil.rmtree(Path(metrics_dir), ignore_errors=True)

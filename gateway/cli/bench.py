@@ -83,6 +83,7 @@ def quick(seconds: float, loads: Sequence[str], **output: Any) -> None:
 )
 @click.option("--loaders", type=click.IntRange(1, 16), default=1, help="Processes that make load.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, help="Of the gateway.")
+@click.option("--pin", is_flag=True, help="A processor for each worker of ours.")
 @click.option("--seed", type=click.IntRange(0), default=1)
 @click.option("--mock-port", type=click.IntRange(0, 65535), default=0, help="For peers; 0: a free.")
 @click.option("--no-gateway", is_flag=True, help="Only direct and the peers.")
@@ -104,7 +105,16 @@ def run_command(**given: Any) -> None:
         with_gateway=not given["no_gateway"],
         **{
             name: given[name]
-            for name in ("rounds", "seconds", "rate", "loaders", "workers", "seed", "mock_port")
+            for name in (
+                "rounds",
+                "seconds",
+                "rate",
+                "loaders",
+                "workers",
+                "pin",
+                "seed",
+                "mock_port",
+            )
         },
     )
     _finish(_measure(options), gates, given)

@@ -235,3 +235,23 @@ async def test_stores_that_are_away_are_one_clear_line(folder: Path, till_url: s
         assert done.status == 1
         assert len(done.err.splitlines()) == 1
         assert done.err.startswith("farebox: Postgres did not answer in time. (")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+async def test_a_pinned_worker_has_a_processor_that_its_parent_leaves_alone(
+    folder: Path, stores: dict[str, str]
+) -> None:
+    cpus = os.sched_getaffinity(0)
+    first = min(cpus)
+    with running_serve(folder, FAREBOX_SERVER__PIN_WORKERS="true", **stores) as server:
+        (worker,) = server.facts["workers"]
+        assert os.sched_getaffinity(worker) == {first}
+        assert os.sched_getaffinity(server.process.pid) == cpus - {first}
+        os.kill(worker, signal.SIGKILL)
+
+        async def replaced() -> bool | None:
+            children = psutil.Process(server.process.pid).children()
+            others = [child.pid for child in children if child.pid != worker]
+            return bool(others and os.sched_getaffinity(others[0]) == {first}) or None
+
+        await eventually(replaced)
