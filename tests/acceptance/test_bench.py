@@ -97,6 +97,32 @@ async def test_a_run_that_is_stopped_leaves_nothing(
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+async def test_a_pinned_run_leaves_the_workers_processor_to_the_worker(tmp_path: Path) -> None:
+    cpus = os.sched_getaffinity(0)
+    names = ("gateway.worker", "bench.mock", "bench.load", "postgres", "valkey-server")
+    process = await started(tmp_path, "run", "--pin", "--load", "chat-1k", "--seconds", "5")
+
+    async def in_place() -> bool | None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        where: dict[str, set[int]] = {}
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                line = " ".join(child.cmdline()[:4])
+                for name in names:
+                    if name in line:
+                        where[name] = os.sched_getaffinity(child.pid)
+        first = where.pop("gateway.worker", set())
+        rest = [found == cpus - {min(cpus)} for found in where.values()]
+        return (first == {min(cpus)} and len(rest) == 4 and all(rest)) or None
+
+    try:
+        await eventually(in_place, 60)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.communicate(), 60)
+
+
 def saved(path: Path, cpu: float) -> str:
     """A report with one figure."""
     figures = {"load": "chat-1k", "arm": "gateway", "cpu_us_per_request": cpu}
