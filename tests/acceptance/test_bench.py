@@ -15,6 +15,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from gateway.affinity import allowed_cpus
 from gateway.cli.bench import bench
 from tests.support.gateway import eventually
 
@@ -109,7 +110,7 @@ def processors_of(child: psutil.Process) -> dict[str, set[int]]:
         return {}
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="needs Linux and two processors")
 async def test_a_pinned_run_leaves_the_workers_processor_to_the_worker(tmp_path: Path) -> None:
     first, *rest = sorted(os.sched_getaffinity(0))
     wanted = {name: set(rest) for name in OF_A_RUN} | {"gateway.worker": {first}}

@@ -11,6 +11,7 @@ import asyncpg
 import psutil
 import pytest
 
+from gateway.affinity import allowed_cpus
 from tests.conftest import database_url
 from tests.support.farebox import PEPPER, Running, farebox, is_gone, running_serve
 from tests.support.gateway import eventually
@@ -237,7 +238,7 @@ async def test_stores_that_are_away_are_one_clear_line(folder: Path, till_url: s
         assert done.err.startswith("farebox: Postgres did not answer in time. (")
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="needs Linux and two processors")
 async def test_a_pinned_worker_has_a_processor_that_its_parent_leaves_alone(
     folder: Path, stores: dict[str, str]
 ) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from gateway.affinity import Places, allowed_cpus, move, places_for
 
+needs_linux = pytest.mark.skipif(not allowed_cpus(), reason="needs Linux: processor affinity")
+
 
 @pytest.mark.parametrize(
     ("workers", "allowed", "expected"),
@@ -28,6 +30,7 @@ def test_nobody_has_a_place_without_pinning() -> None:
     assert places_for(2, {1, 2, 3}).of_worker(1) == 2
 
 
+@needs_linux
 def test_a_move_keeps_to_the_processors_named_and_can_be_undone() -> None:
     before = allowed_cpus()
     try:
@@ -40,6 +43,7 @@ def test_a_move_keeps_to_the_processors_named_and_can_be_undone() -> None:
     assert allowed_cpus() == before
 
 
+@needs_linux
 def test_a_processor_that_is_not_there_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     before = allowed_cpus()
     move(0, {100_000})
@@ -48,6 +52,7 @@ def test_a_processor_that_is_not_there_changes_nothing(caplog: pytest.LogCapture
     assert [record.message for record in caplog.records] == ["workers.not_pinned"]
 
 
+@needs_linux
 def test_a_process_that_has_ended_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     pid = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(pid, 0)
