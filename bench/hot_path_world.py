@@ -189,7 +189,7 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
         for model, rates in config_rates(settings).items()
     )
     services.till.link = AnsweredLink()  # type: ignore[assignment]
-    services.till._epoch = 1
+    services.till.epoch.number = 1
     key = generate("test").secret.encode()
     try:
         yield World(services, key, _known(services, key))

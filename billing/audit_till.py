@@ -13,7 +13,8 @@ from uuid import UUID
 import msgspec
 
 from billing.audit_report import Draft, Invariant
-from billing.book import Connection, read_epoch, translated
+from billing.book import Connection, translated
+from billing.fleet import read_epoch
 from billing.receipts import ChargeReceipt
 from billing.till_entries import Scope, Shard
 from billing.till_scan import TillScan
@@ -63,7 +64,7 @@ class _TillAudit:
 
     async def finish(self) -> None:
         """What needs all shards. The book's epoch is read after the till's, so it is not older."""
-        epoch = await read_epoch(self._conn)
+        epoch = (await read_epoch(self._conn)).number
         for name, found in self._epochs.items():
             if found > epoch:
                 self._check.add("epoch ahead of the book", f"<= {epoch}", found, shard=name)

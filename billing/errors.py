@@ -50,6 +50,13 @@ class TillUnavailable(BillingError):
         self.asked = asked
 
 
+class TillRebuilding(TillUnavailable):
+    """The till lost its content; open requests are placed in it again before anything new is."""
+
+    def __init__(self) -> None:
+        super().__init__(asked=False)
+
+
 class TillRefused(BillingError):
     """The till answered with an error of its own."""
 

@@ -28,6 +28,15 @@ async def find_receipt(
     return None if row is None else dict(row)
 
 
+HAS_RECEIPT = "SELECT EXISTS (SELECT 1 FROM charge_receipts WHERE request_id = $1)"
+
+
+async def has_receipt(conn: Connection, request_id: UUID) -> bool:
+    """Whether a request has ended in the book."""
+    async with translated():
+        return bool(await conn.fetchval(HAS_RECEIPT, request_id))
+
+
 SELECT_RECEIPTS = """
 SELECT
     request_id, billing_account_id, app_key_id, requested_model, provider, outcome, usage_source,

@@ -66,6 +66,22 @@ async def sync_config_prices(conn: Connection, wanted: Mapping[str, Rates]) -> l
     return changed
 
 
+SELECT_PRICE = """
+SELECT
+    price_version, model, source, effective_from, input_rate, output_rate, cached_input_rate,
+    cache_write_rate, reasoning_rate, audio_input_rate, audio_output_rate
+FROM model_prices
+WHERE price_version = $1
+"""
+
+
+async def find_rates(conn: Connection, price_version: int) -> Rates | None:
+    """The rates of a version, however old; None when there is no such version."""
+    async with translated():
+        row = await conn.fetchrow(SELECT_PRICE, price_version)
+    return None if row is None else _version(row).rates
+
+
 def _rate_values(rates: Rates) -> tuple[int | None, ...]:
     return (
         rates.input_rate,

@@ -15,10 +15,12 @@ from typing import Any
 
 import msgspec
 
-from billing.book import BookRefused, Pool, acquire, post_receipts
+from billing.book import BookRefused, Pool, acquire
 from billing.errors import BookUnavailable, TillRefused, TillUnavailable
+from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, clean_texts, encode_receipt
-from billing.till import AccountState, Confirmation, SpendScopes, Till
+from billing.till import Confirmation, SpendScopes, Till
+from billing.till_epoch import AccountState
 from config.clock import Seconds, seconds
 
 log = logging.getLogger("billing.settle")
@@ -116,6 +118,20 @@ class Settler:
         elif self._may_begin():
             self._wake.set()
         return settled
+
+    def settle_again(self) -> int:
+        """Tell a till that lost its content of all that the book does not have; returns how many.
+
+        Idempotent; what is committed meanwhile is confirmed after it.
+        """
+        waiting = [*self._in_flight, *self._queue]
+        for settled in waiting:
+            receipt, request_id = settled.receipt, settled.request_id
+            data = encode_receipt(receipt)
+            settled.till_reply = self._till.settle(
+                settled.scopes, request_id, receipt.price_nanos, data
+            )
+        return len(waiting)
 
     async def run_commits(self) -> None:
         """Commit batches until `stop`, then until nothing is left."""

@@ -8,9 +8,8 @@ Failure: TillUnavailable when it does not answer within two tries; the request i
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable
 from importlib import resources
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 from uuid import UUID
 from zlib import crc32
 
@@ -21,26 +20,28 @@ from billing.errors import (
     BookUnavailable,
     InsufficientCredit,
     KeyRevoked,
+    TillRebuilding,
     TillRefused,
     TillUnavailable,
     TooManyOpenRequests,
 )
 from billing.money import NANOS_MAX
+from billing.receipts import ChargeReceipt, encode_receipt
+from billing.single_flight import SingleFlight
+from billing.till_epoch import SHARDS, AccountState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
 from billing.till_wire import Packed, ScopesWire, words
 from config.clock import Seconds
 from config.ids import id_text
 
 log = logging.getLogger("billing.till")
-T = TypeVar("T")
-
-SHARDS = 256
 # A refusal for want of credit asks the book first, but not more often than this for an account.
 REFRESH_EVERY_MS = 1000
 REFRESH_REMEMBERED_MAX = 10_000
-# The first answer may be epoch, then cold, then short: each is mended once.
+# The first answer may be lost, then cold, then short: each is mended once.
 ADMIT_TRIES = 5
 _PLACED = frozenset((b"admitted", b"exists"))
+_OF_NO_EPOCH = frozenset((b"epoch", b"lost"))
 
 
 def _script(name: str) -> Script:
@@ -52,23 +53,17 @@ class Scripts:
     """All scripts, read once."""
 
     def __init__(self) -> None:
-        self.admit = _script("admit_v1")
+        self.admit = _script("admit_v2")
         self.forwarded = _script("forwarded_v1")
         self.settle = _script("settle_v1")
         self.confirm = _script("confirm_v1")
-        self.seed = _script("seed_v1")
+        self.seed = _script("seed_v2")
+        self.renew = _script("renew_v1")
+        self.sweep = _script("sweep_v1")
+        self.shard = _script("shard_v1")
 
     def all(self) -> list[Script]:
-        return [self.admit, self.forwarded, self.settle, self.confirm, self.seed]
-
-
-class AccountState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the book says of an account: the only source of `posted` in the till."""
-
-    account_id: UUID
-    balance_nanos: int
-    version: int
-    status: str
+        return list(vars(self).values())
 
 
 class SpendScopes(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,30 +131,40 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
     receipts: list[tuple[SpendScopes, str]]
 
 
-class Till:
-    """The scripts as functions. One for each worker.
+class Renewal(msgspec.Struct, frozen=True, kw_only=True):
+    """One open request as it stands now: absolute values."""
 
-    `read_account` reads an account from the book, `read_epoch` the epoch; both raise what the
-    book raises.
-    """
+    request_id: str
+    hold_nanos: int
+    """What it is to hold; more than it does asks for growth."""
+    is_forwarded: bool
+    draft: bytes = b""
+    """The receipt, should its worker die now; empty: as it was."""
+    is_new: bool = False
+    """Place the hold again when the till lost it: the book must not have its receipt."""
+
+
+class Till:
+    """The scripts as functions. One for each worker."""
 
     def __init__(
         self,
         link: TillLink,
         scripts: Scripts,
+        book: TillBook,
         *,
         worker: str,
         lease_ms: int,
-        read_account: Callable[[UUID], Awaitable[AccountState]],
-        read_epoch: Callable[[], Awaitable[int]],
+        rebuild_ms: int = 2000,
     ) -> None:
         self.link = link
+        self.worker = worker
+        self.epoch = TillEpoch(link, scripts.shard, book, rebuild_ms=rebuild_ms)
         self._scripts = scripts
+        self._lease_ms = lease_ms
         self._lease_and_worker = words((lease_ms, worker)).encode()
-        self._read_account = read_account
-        self._read_epoch = read_epoch
-        self._epoch = 0
-        self._reading: dict[Hashable, asyncio.Future[Any]] = {}
+        self._book = book
+        self._reading = SingleFlight(_look_at)
         self._refreshed_ms: dict[UUID, int] = {}
 
     async def admit(
@@ -173,11 +178,8 @@ class Till:
         """
         assert 0 <= hold_nanos <= NANOS_MAX
         for _ in range(ADMIT_TRIES):
-            if not self._epoch:
-                self._epoch = await self._share("epoch", self._read_epoch)
-            packed = scopes.wire.admit(
-                request_id, self._epoch, hold_nanos, self._lease_and_worker, draft
-            )
+            epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+            packed = scopes.wire.admit(request_id, epoch, hold_nanos, self._lease_and_worker, draft)
             asked_at = time.monotonic()
             try:
                 reply = await self.link.send(self._scripts.admit, packed)
@@ -185,7 +187,10 @@ class Till:
                 reply = await self._ask_again(packed, asked_at, exc)
             if reply[0] in _PLACED:
                 return
-            await self._mend(scopes, hold_nanos, reply)
+            if reply[0] in _OF_NO_EPOCH:
+                self.epoch.doubt(epoch, is_lost=reply[0] == b"lost")
+            else:
+                await self._mend(scopes, hold_nanos, reply)
         # Every answer was a plain no: nothing is held.
         raise TillUnavailable(asked=False)
 
@@ -202,11 +207,7 @@ class Till:
     async def _mend(self, scopes: SpendScopes, hold_nanos: int, reply: list[Any]) -> None:
         """Mend what kept a hold from being placed; raise when it is a refusal that stands."""
         status, index, nanos = reply[0].decode(), reply[1], reply[2]
-        if status == "epoch":
-            self._epoch = 0
-        elif status == "cold":
-            # Whoever writes into an empty shard gives it an epoch: ours must not be an old one.
-            self._epoch = 0
+        if status == "cold":
             await self.seed_from_book(scopes.account_id)
         elif not await self._refreshed(status, scopes.account_id):
             _refuse(status, scopes, index, hold_nanos, nanos)
@@ -240,6 +241,37 @@ class Till:
         packed = scopes.wire.settle(request_id, price_nanos, receipt)
         return self.link.send(self._scripts.settle, packed, tells=True)
 
+    def renew(self, scopes: SpendScopes, renewal: Renewal) -> asyncio.Future[Any]:
+        """Say that a request goes on. Begun when this returns; safe to repeat.
+
+        The future gives [status, nanos held, nanos available]: see renew_v1.lua. It fails with
+        TillUnavailable or TillRefused.
+        """
+        assert 0 <= renewal.hold_nanos <= NANOS_MAX
+        keys = (scopes.epoch_key, scopes.outbox_key, scopes.leases_key)
+        holds = (scopes.hold_prefix + renewal.request_id, *scopes.scope_keys)
+        limits: list[Arg] = [part for kind in scopes.kinds for part in (kind, 0)]
+        state = "F" if renewal.is_forwarded else "H"
+        worker = self.worker if renewal.is_new else ""
+        request: list[Arg] = [self.epoch.number, renewal.request_id, self._lease_ms, state]
+        wanted: list[Arg] = [renewal.draft, renewal.hold_nanos, worker]
+        args = (*request, *wanted, *limits)
+        return self.link.run(self._scripts.renew, (*keys, *holds), args)
+
+    def sweep(
+        self, scopes: SpendScopes, receipt: ChargeReceipt, state: str, over_ms: int
+    ) -> asyncio.Future[Any]:
+        """End the hold of a worker that died, with the receipt made from what it wrote down.
+
+        state: the hold's, as it was seen; over_ms: how long its lease must be over. The future
+        gives a word: see sweep_v1.lua. It fails with TillUnavailable or TillRefused.
+        """
+        request_id, price = receipt.source_reference, receipt.price_nanos
+        keys = (scopes.outbox_key, scopes.hold_prefix + request_id, scopes.leases_key)
+        entry = b"%d %b" % (price, encode_receipt(receipt))
+        args: list[Arg] = [request_id, over_ms, state, price, entry, *scopes.kinds]
+        return self.link.run(self._scripts.sweep, (*keys, *scopes.scope_keys), args)
+
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Any]:
         """Drop committed receipts from the outbox and take over the account's new state.
 
@@ -264,42 +296,29 @@ class Till:
         """Tell the till what the book says of an account; many callers share one reading."""
 
         async def read_and_seed() -> None:
-            await self.seed(await self._read_account(account_id))
+            await self.seed(await self._book.read_account(account_id))
 
-        await self._share(account_id, read_and_seed)
-
-    async def _share(self, what: Hashable, read: Callable[[], Awaitable[T]]) -> T:
-        """The result of read, which runs once for all who ask while it runs.
-
-        When the caller that runs it is cancelled, one of the others takes over.
-        """
-        while (running := self._reading.get(what)) is not None:
-            await asyncio.wait([running])
-            if not running.cancelled():
-                return cast("T", running.result())
-        future = self._reading[what] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_look_at)
-        try:
-            result = await read()
-        except BaseException as exc:
-            if isinstance(exc, Exception):
-                future.set_exception(exc)
-            else:
-                future.cancel()
-            raise
-        finally:
-            del self._reading[what]
-        future.set_result(result)
-        return result
+        await self._reading.run(account_id, read_and_seed)
 
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
-        if not self._epoch:
-            self._epoch = await self._share("epoch", self._read_epoch)
+        epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
-        args = (self._epoch, state.balance_nanos, state.version, state.status)
+        args = (epoch, state.balance_nanos, state.version, state.status)
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
-            self._epoch = 0
+            self.epoch.doubt(epoch)
+
+    async def learn_epoch(self) -> int:
+        """The epoch that is valid now. Raises TillRebuilding while the till is being rebuilt."""
+        asked_at = time.monotonic()
+        try:
+            return await self._reading.run("epoch", self.epoch.learn)
+        except TillRebuilding:
+            raise
+        except TillUnavailable:
+            if not await self.link.wait_up(asked_at + self.link.call_timeout_s - time.monotonic()):
+                raise
+        return await self._reading.run("epoch", self.epoch.learn)
 
     async def _refreshed(self, status: str, account_id: UUID) -> bool:
         """Ask the book whether a refusal still holds; False when it was asked or is away.

@@ -82,6 +82,8 @@ class TillLink:
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.last_error = ""
+        self.generation = 0
+        """Counts connections: whoever was served by another one may find another server."""
 
     @property
     def is_up(self) -> bool:
@@ -158,6 +160,7 @@ class TillLink:
                 # wait for the next connection.
                 connection.closed.add_done_callback(self._lost)
                 self._connection = connection
+                self.generation += 1
                 self._up.set()
                 log.info("till.connected")
                 await asyncio.wait([connection.closed])  # unlike await, it cancels nothing

@@ -80,7 +80,7 @@ class ScopesWire:
     def admit(
         self, request_id: str, epoch: int, nanos: int, lease_and_worker: bytes, draft: bytes
     ) -> Packed:
-        """admit_v1.lua; lease_and_worker are two words."""
+        """admit_v2.lua; lease_and_worker are two words."""
         name = request_id.encode("ascii")
         size = len(name)
         template = self._admit_template if size == ID_LENGTH else self._admit.template(size)

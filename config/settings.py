@@ -65,6 +65,17 @@ class Till(Table, frozen=True, kw_only=True):
     stall_timeout_ms: Milliseconds = 1000
     calls_pending_max: Positive = 10_000
     hold_lease_s: WholeSeconds = 30
+    renew_every_s: Seconds = 5.0
+    rebuild_wait_ms: Milliseconds = 2000
+
+
+class Work(Table, frozen=True, kw_only=True):
+    """What `farebox work` does: ends what dead workers left, posts what nobody posted."""
+
+    in_serve: bool = True
+    every_s: Seconds = 5.0
+    sweep_grace_s: Seconds = 15.0
+    takeover_after_s: Seconds = 10.0
 
 
 class Keys(Table, frozen=True, kw_only=True):
@@ -178,6 +189,7 @@ class Settings(Table, frozen=True, kw_only=True):
     server: Server = Server()
     book: Book = Book()
     till: Till = Till()
+    work: Work = Work()
     keys: Keys = Keys()
     billing: Billing = Billing()
     limits: Limits = Limits()

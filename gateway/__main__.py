@@ -2,7 +2,7 @@
 
 import click
 
-from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings
+from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings, work
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,6 +14,7 @@ def main() -> None:
 main.add_command(demo.demo)
 main.add_command(serve.serve)
 main.add_command(serve.migrate)
+main.add_command(work.work)
 main.add_command(settings.check)
 main.add_command(settings.config)
 main.add_command(accounts.accounts)

@@ -148,6 +148,7 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
         "invalid_api_key", "This API key is not known or was revoked. Use another key."
     ),
     billing.TillUnavailable: _unavailable("Credit cannot be reserved right now."),
+    billing.TillRebuilding: _unavailable("Credit reservations are being restored."),
     billing.TillRefused: _unavailable("Credit cannot be reserved right now."),
     billing.BookUnavailable: _unavailable("The account cannot be read right now."),
     BookRefused: _unavailable("The account cannot be read right now."),

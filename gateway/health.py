@@ -3,8 +3,9 @@
 import asyncio
 import hmac
 
-from billing.book import acquire, read_epoch
+from billing.book import acquire
 from billing.errors import BillingError
+from billing.fleet import read_epoch
 from gateway.services import Services
 from keys.api_key import digest, is_well_formed
 from keys.store import is_operator

@@ -4,19 +4,23 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from billing import book
 from billing.errors import BillingError
+from billing.fleet import PoolBook
+from billing.history import has_receipt
 from billing.prices import PriceBook
 from billing.prices_store import load_prices
 from billing.settler import Settler
-from billing.till import AccountState, Scripts, Till
+from billing.till import Scripts, Till
 from billing.till_link import TillLink
 from billing.tokens import TokenCounter
 from config.ids import id_text, new_id
 from config.settings import Settings
 from gateway.catalog import Catalog, build_catalog
+from gateway.holds import HoldKeeper
 from gateway.metrics import Metrics, watch_loop
 from gateway.providers.http import HttpClient
 from gateway.relay.aside import Aside
@@ -24,6 +28,9 @@ from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
 from gateway.relay.watchdog import Watchdogs
 from gateway.supervise import Tasks
+
+if TYPE_CHECKING:
+    from gateway.relay.reply import Reply
 
 log = logging.getLogger("gateway.services")
 
@@ -53,13 +60,14 @@ class Services:
             stall_timeout_s=settings.till.stall_timeout_ms / 1000,
             pending_max=settings.till.calls_pending_max,
         )
+        worker = worker_name()
         self.till = Till(
             self.link,
             scripts,
-            worker=worker_name(),
+            PoolBook(pool, worker),
+            worker=worker,
             lease_ms=settings.till.hold_lease_s * 1000,
-            read_account=self._read_account,
-            read_epoch=self._read_epoch,
+            rebuild_ms=settings.till.rebuild_wait_ms,
         )
         self.settler = Settler(
             pool,
@@ -73,16 +81,19 @@ class Services:
         self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)
         self.aside = Aside()
-        self.open_calls = 0
+        self.replies: set[Reply] = set()
         self.drains = 0
+        self.holds = HoldKeeper(self)
 
-    async def _read_account(self, account_id: UUID) -> AccountState:
-        async with book.acquire(self.pool) as conn:
-            return await book.read_account(conn, account_id)
+    @property
+    def open_calls(self) -> int:
+        """Requests under way."""
+        return len(self.replies)
 
-    async def _read_epoch(self) -> int:
+    async def is_in_book(self, request_uid: UUID) -> bool:
+        """Whether a request has its receipt. Raises BookUnavailable."""
         async with book.acquire(self.pool) as conn:
-            return await book.read_epoch(conn)
+            return await has_receipt(conn, request_uid)
 
     async def refresh_prices(self) -> None:
         """Read the price book once. Raises BookUnavailable."""
@@ -132,6 +143,8 @@ async def open_services(
         commits = services.tasks.start(services.settler.run_commits(), "settler.commits")
         confirms = services.tasks.start(services.settler.run_confirms(), "settler.confirms")
         services.tasks.start(services.keep_prices(), "prices.keep")
+        services.tasks.start(services.holds.run_alive(), "holds.alive")
+        services.tasks.start(services.holds.run_renewals(), "holds.renew")
         services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")
         await services.link.wait_up(FIRST_TILL_WAIT_S)
         yield services
@@ -147,6 +160,8 @@ async def open_services(
             await asyncio.wait([settled], timeout=HURRIED_SETTLE_S)
         if services.settler.pending:
             log.error("receipts.unposted", extra={"count": services.settler.pending})
+        else:
+            await services.holds.say_gone()
     finally:
         await services.tasks.close()
         await services.client.close()

@@ -142,11 +142,12 @@ def grant_credits(
     async def work() -> Any:
         from billing import book, till_scan
         from billing.errors import TillUnavailable
+        from billing.fleet import read_epoch
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
             state = await book.grant(conn, uid, nanos, reference, rest["note"])
             try:
-                await till_scan.tell_account(urls.till_url, state, await book.read_epoch(conn))
+                await till_scan.tell_account(urls.till_url, state, (await read_epoch(conn)).number)
             except TillUnavailable:
                 click.echo("farebox: the till did not answer; it will ask the book", err=True)
             return state

@@ -69,11 +69,24 @@ async def serving(
     settings = with_stores(settings, urls)
     async with book_connection(urls.book_url) as conn:
         await sync_config_prices(conn, config_rates(settings))
-    try:
-        await workers.start(settings)
+    async with _working(settings):
+        try:
+            await workers.start(settings)
+            yield
+        finally:
+            await workers.stop(hurry)
+
+
+@asynccontextmanager
+async def _working(settings: Settings) -> AsyncIterator[None]:
+    """Do the work of `farebox work` beside the workers, unless the config says otherwise."""
+    if not settings.work.in_serve:
         yield
-    finally:
-        await workers.stop(hurry)
+        return
+    from gateway.work import working
+
+    async with working(settings):
+        yield
 
 
 def base_url(sock: socket.socket) -> str:

@@ -18,6 +18,9 @@ from gateway.protocols.facts import CallFacts
 from gateway.relay.call import Arrival, Call, Caller, ModelRoute
 from gateway.services import Services
 
+# Text has hardly ever more bytes for each token than this; English has some four and a half.
+BYTES_PER_TOKEN_MOST = 8
+
 
 def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
     """The call that these facts ask for, with the size of its hold. Raises ApiError."""
@@ -40,7 +43,10 @@ async def admit(services: Services, call: Call) -> None:
 
     An open call must be ended, whatever the till said or did not say.
     """
-    draft = encode_receipt(call.open_receipt(Outcome.RECOVERED))
+    receipt = call.open_receipt(Outcome.RECOVERED)
+    # Should we die before the first checkpoint: surely no more than the prompt's tokens.
+    receipt.input_tokens = call.facts.text_bytes // BYTES_PER_TOKEN_MOST + 1
+    draft = encode_receipt(receipt)
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)

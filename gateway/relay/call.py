@@ -99,6 +99,7 @@ class Call:
         "input_ceiling",
         "is_open",
         "is_sent",
+        "is_taken",
         "output_max",
         "price",
         "receipt",
@@ -126,6 +127,8 @@ class Call:
         self.is_open = False
         self.is_sent = False
         """Whether the provider may have got something of it: before, nobody pays for anything."""
+        self.is_taken = False
+        """Whether a sweeper ended it: it must stop, and the difference is posted with its end."""
         self.receipt: ChargeReceipt | None = None
         self.first_byte_at: float | None = None
         self.upstream_request_id = ""

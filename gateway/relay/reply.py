@@ -53,11 +53,14 @@ class Reply:
         self.code = ""
         self._is_draining = False
         self._is_cut_off = False
+        self.renewed_at = services.dogs.now()
+        self._counted_chars = 0
+        self._is_prompt_counted = False
 
     async def __call__(self, exchange: Exchange) -> None:
         timeouts = self.services.settings.timeouts
         self.dog = self.services.dogs.watch(timeouts.request_total_s)
-        self.services.open_calls += 1
+        self.services.replies.add(self)
         try:
             self.client = Client(exchange, self.dog, timeouts.write_stall_s, self._client_left)
             await self._relay()
@@ -151,6 +154,28 @@ class Reply:
         finally:
             await wait_settled(self.settle(outcome, bill))
 
+    def uncounted(self) -> tuple[bool, str]:
+        """What no checkpoint counted yet: whether the prompt is part of it, and the text."""
+        return not self._is_prompt_counted, self.seen.text()[self._counted_chars :]
+
+    def write_down(self, text: str, prompt_tokens: int | None, text_tokens: int) -> None:
+        """Take over what a checkpoint counted; never more than the provider will have counted."""
+        receipt = self.call.receipt
+        if receipt is None or not self.call.is_open:
+            return
+        if prompt_tokens is not None:
+            receipt.input_tokens = max(prompt_tokens, receipt.input_tokens)
+            self._is_prompt_counted = True
+        if text:
+            # A token may lie across the place where two checkpoints meet.
+            receipt.output_tokens += text_tokens - (self._counted_chars > 0)
+            self._counted_chars += len(text)
+
+    def lose_hold(self) -> None:
+        """Somebody took us for dead and ended this call in the book: stop, at what came."""
+        self.call.is_taken = True
+        self.dog.shorten(0)
+
     def _client_left(self) -> None:
         """Read the provider on for its usage, but not for long, and not for too many at once."""
         services = self.services
@@ -163,7 +188,7 @@ class Reply:
 
     def _let_go(self) -> None:
         services = self.services
-        services.open_calls -= 1
+        services.replies.discard(self)
         services.drains -= self._is_draining
         self.dog.stop()
         if self.upstream is not None:

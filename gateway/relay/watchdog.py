@@ -38,6 +38,10 @@ class Watchdogs:
             self._timer = self._loop.call_later(self._scan_s, self._scan)
         return dog
 
+    def now(self) -> Seconds:
+        """The time by which watchdogs go."""
+        return self._loop.time()
+
     def __len__(self) -> int:
         return len(self._dogs)
 

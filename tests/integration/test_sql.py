@@ -97,7 +97,7 @@ def test_the_statements_that_move_money_are_among_them() -> None:
     names = {name for name, _ in FOUND}
 
     assert {
-        "billing.book.POST_RECEIPTS",
+        "billing.posting.POST_RECEIPTS",
         "billing.book.INSERT_LEDGER_ROW",
         "billing.prices_store.SELECT_PRICES",
         "billing.history.SELECT_RECEIPT",

@@ -16,11 +16,12 @@ from redis.asyncio import Redis
 
 from billing import book, till_scan
 from billing.audit import Invariant, Report
+from billing.fleet import PoolBook
 from billing.prices import Rates, charge_for
 from billing.prices_store import load_prices, sync_config_prices
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.settler import Settler
-from billing.till import AccountState, Scripts, SpendScopes, Till, spend_scopes
+from billing.till import Scripts, SpendScopes, Till, spend_scopes
 from billing.till_link import TillLink
 from billing.usage import Usage, UsageSource
 from config.ids import id_text, new_id
@@ -128,22 +129,7 @@ async def open_desk(book_url: str, till_url: str) -> AsyncIterator[Desk]:
         till_url, scripts.all(), call_timeout_s=5, stall_timeout_s=10, pending_max=10_000
     )
 
-    async def read_account(account_id: UUID) -> AccountState:
-        async with book.acquire(pool) as conn:
-            return await book.read_account(conn, account_id)
-
-    async def read_epoch() -> int:
-        async with book.acquire(pool) as conn:
-            return await book.read_epoch(conn)
-
-    till = Till(
-        link,
-        scripts,
-        worker="w_test",
-        lease_ms=30_000,
-        read_account=read_account,
-        read_epoch=read_epoch,
-    )
+    till = Till(link, scripts, PoolBook(pool, "w_test"), worker="w_test", lease_ms=30_000)
     settler = Settler(
         pool, till, batch_max=64, pending_max=10_000, on_result=lambda name, number: None
     )

@@ -13,7 +13,7 @@ from billing import book
 from billing.book import Pool
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance
-from billing.till import AccountState, SpendScopes, spend_scopes
+from billing.till import SpendScopes, spend_scopes
 from config.ids import id_text, new_id
 from keys.store import KeyTerms, create_key
 
@@ -79,21 +79,6 @@ async def make_account(pool: Pool, nanos: int = 10**9) -> Account:
             "SELECT virtual_key_id FROM app_api_keys WHERE id = $1", key_id
         )
     return Account(account_id, virtual_key_id, key_id, key.secret)
-
-
-class BookReads:
-    """What a till asks of the book, over connections of its own."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    async def read_account(self, account_id: UUID) -> AccountState:
-        async with book.acquire(self._pool) as conn:
-            return await book.read_account(conn, account_id)
-
-    async def read_epoch(self) -> int:
-        async with book.acquire(self._pool) as conn:
-            return await book.read_epoch(conn)
 
 
 BROKEN_ROWS = """

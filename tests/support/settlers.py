@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from billing.book import Pool
+from billing.fleet import PoolBook
 from billing.receipts import ChargeReceipt
 from billing.settler import Settled, Settler
 from billing.till import Till
 from config.ids import id_text
 from gateway.supervise import Tasks
-from tests.support.books import Account, BookReads, open_pool
+from tests.support.books import Account, open_pool
 from tests.support.gateway import eventually
 from tests.support.tills import InTill, look, nothing_unseen, running_till
 
@@ -64,7 +65,7 @@ async def running_settler(
         nothing_unseen(),
         open_pool(book_url) as pool,
         open_pool(book_url, 2) as own,
-        running_till(till_at or till_url, BookReads(own), call_s=0.5, stall_s=0.5) as till,
+        running_till(till_at or till_url, PoolBook(own, "w_test"), call_s=0.5, stall_s=0.5) as till,
     ):
         settler = Settler(
             pool,

@@ -82,6 +82,7 @@ HTTP_IN_BILLING = {"billing/chain/rpc.py": "a chain node answers JSON-RPC over H
 CATCHES_ALL = {
     "gateway/edge.py": "the edge: whatever fails becomes one well-formed error response",
     "gateway/supervise.py": "the worker loop: one failing job must not stop the others",
+    "gateway/work.py": "the work loop: a round that fails by a bug must not be the last one",
 }
 OWNS_TASKS = {
     "gateway/supervise.py": "every background task belongs to it",

@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -16,7 +17,6 @@ from billing.errors import AccountUnknown, BookUnavailable
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.till import (
-    AccountState,
     Confirmation,
     Scripts,
     SpendScopes,
@@ -26,18 +26,11 @@ from billing.till import (
     shard_prefix,
     spend_scopes,
 )
+from billing.till_epoch import AccountState, Epoch, TillBook
 from billing.till_link import Script, TillLink
 from config.ids import id_text, new_id
 
 SCRIPTS = Scripts()
-
-
-class Reads(Protocol):
-    """Where a till asks what the book says."""
-
-    async def read_account(self, account_id: UUID) -> AccountState: ...
-
-    async def read_epoch(self) -> int: ...
 
 
 class Said:
@@ -45,6 +38,9 @@ class Said:
 
     def __init__(self, epoch: int = 1) -> None:
         self.epoch = epoch
+        self.server = ""
+        self.others = 0
+        self.began_at = 0.0
         self.accounts: dict[UUID, AccountState] = {}
         self.reads = 0
         self.epoch_reads = 0
@@ -74,12 +70,23 @@ class Said:
             raise AccountUnknown
         return self.accounts[account_id]
 
-    async def read_epoch(self) -> int:
+    async def read_epoch(self) -> Epoch:
         self.epoch_reads += 1
         await asyncio.sleep(0)
         if self.is_away:
             raise BookUnavailable
-        return self.epoch
+        age_ms = int((time.monotonic() - self.began_at) * 1000)
+        return Epoch(
+            number=self.epoch, server_run_id=self.server, age_ms=age_ms, others=self.others
+        )
+
+    async def bump_epoch(self, known: int, server_run_id: str) -> Epoch:
+        await asyncio.sleep(0)
+        if not self.is_away and known == self.epoch:
+            self.epoch += self.server != ""
+            self.server = server_run_id
+            self.began_at = time.monotonic()
+        return await self.read_epoch()
 
 
 @asynccontextmanager
@@ -111,17 +118,10 @@ async def running_link(
 
 @asynccontextmanager
 async def running_till(
-    url: str, said: Reads, *, call_s: float = 2.0, stall_s: float = 10.0, wait: bool = True
+    url: str, said: TillBook, *, call_s: float = 2.0, stall_s: float = 10.0, wait: bool = True
 ) -> AsyncIterator[Till]:
     async with running_link(url, call_s=call_s, stall_s=stall_s, wait=wait) as link:
-        yield Till(
-            link,
-            SCRIPTS,
-            worker="w_test",
-            lease_ms=30_000,
-            read_account=said.read_account,
-            read_epoch=said.read_epoch,
-        )
+        yield Till(link, SCRIPTS, said, worker="w_test", lease_ms=30_000)
 
 
 class InTill(msgspec.Struct, frozen=True):

@@ -7,7 +7,8 @@ import asyncpg
 import pytest
 
 from billing import book
-from billing.book import Pool, post_receipts
+from billing.book import Pool
+from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt
 from tests.support.books import Account, make_account, open_pool
 

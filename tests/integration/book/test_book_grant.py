@@ -6,11 +6,11 @@ from uuid import uuid4
 
 import pytest
 
-from billing import book
+from billing import book, fleet
 from billing.book import BookRefused
 from billing.errors import AccountUnknown, BookUnavailable, CreditTooLarge, ReferenceConflict
 from billing.money import NANOS_MAX
-from billing.till import AccountState
+from billing.till_epoch import AccountState
 from tests.support.books import balance, check_book, make_account, open_pool
 
 
@@ -105,13 +105,13 @@ async def test_a_connection_that_dies_in_use_is_unavailable_to_the_end(book_url:
             async with book.acquire(pool) as conn:
                 pid = await conn.fetchval("SELECT pg_backend_pid()")
                 await pool.execute("SELECT pg_terminate_backend($1)", pid)
-                await book.read_epoch(conn)
+                await fleet.read_epoch(conn)
 
         for _ in range(10):
             with pytest.raises(BookUnavailable):
                 await read_with_a_dead_one()
         async with book.acquire(pool) as conn:
-            assert await book.read_epoch(conn) == 1
+            assert (await fleet.read_epoch(conn)).number == 1
 
 
 async def test_waiting_for_a_free_connection_has_an_end(

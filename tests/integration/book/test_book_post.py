@@ -9,10 +9,11 @@ from uuid import UUID, uuid4
 import pytest
 
 from billing import book, history
-from billing.book import BookRefused, Pool, post_receipts
+from billing.book import BookRefused, Pool
 from billing.errors import BookUnavailable
+from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, Outcome, decode_receipt, encode_receipt
-from billing.till import AccountState
+from billing.till_epoch import AccountState
 from tests.support.books import Account, balance, check_book, make_account, open_pool
 
 

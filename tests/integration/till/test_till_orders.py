@@ -10,7 +10,8 @@ import pytest
 import redis.asyncio
 
 from billing.errors import InsufficientCredit, TillRefused
-from billing.till import AccountState, SpendScopes, Till, spend_scopes
+from billing.till import SpendScopes, Till, spend_scopes
+from billing.till_epoch import AccountState
 from config.ids import id_text, new_id
 from tests.support.tills import (
     InTill,

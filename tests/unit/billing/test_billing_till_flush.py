@@ -1,7 +1,6 @@
 """What a tick sends leaves as one write; `forwarded_soon` tells when the mark is in it."""
 
 import asyncio
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from billing.errors import TillUnavailable
 from billing.till import Scripts, Till, spend_scopes
 from billing.till_link import TillLink, _Connection
+from tests.support.tills import Said
 
 SCRIPTS = Scripts()
 SCOPES = spend_scopes(uuid4(), uuid4(), account_open_max=0, key_open_max=0)
@@ -27,13 +27,9 @@ class Wire:
         pass
 
 
-async def unused(*_: Any) -> Any:
-    raise AssertionError
-
-
 def make_till() -> Till:
     link = TillLink("redis://localhost", [], call_timeout_s=1, stall_timeout_s=1, pending_max=1000)
-    return Till(link, SCRIPTS, worker="w", lease_ms=1000, read_account=unused, read_epoch=unused)
+    return Till(link, SCRIPTS, Said(), worker="w", lease_ms=1000)
 
 
 def connect(till: Till) -> tuple[_Connection, Wire]:

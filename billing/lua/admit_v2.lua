@@ -5,10 +5,11 @@
 --       7.. for each scope: kind (A account, B budget, K key), open requests at most (0: no limit),
 --       limit in nanos (B only, else 0)
 -- Reply {status, scope index, available nanos or open requests}
---       status: admitted, exists, cold, epoch, frozen, revoked, short, busy
+--       status: admitted, exists, lost (no epoch: what was here is gone), epoch (of another one),
+--       cold (this scope was not seeded in this epoch), frozen, revoked, short, busy
 -- No key here has a time to live: a hold that vanished by itself would mint credit.
 local epoch = redis.call('GET', KEYS[1])
-if not epoch then return {'cold', 1, 0} end
+if not epoch then return {'lost', 0, 0} end
 if epoch ~= ARGV[1] then return {'epoch', 0, 0} end
 if redis.call('EXISTS', KEYS[3]) == 1 or redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
   return {'exists', 0, 0}
@@ -20,11 +21,13 @@ local left = 0
 for i = 5, #KEYS do
   local at = 7 + (i - 5) * 3
   local kind, open_max, limit = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
-  local f = redis.call('HMGET', KEYS[i], 'status', 'posted', 'uncommitted', 'held', 'open')
-  if f[1] == 'frozen' then return {'frozen', i - 4, 0} end
+  local f = redis.call(
+    'HMGET', KEYS[i], 'status', 'posted', 'uncommitted', 'held', 'open', 'epoch')
   if f[1] == 'revoked' then return {'revoked', i - 4, 0} end
   if kind ~= 'K' then
-    if not f[2] then return {'cold', i - 4, 0} end
+    -- What an older epoch said of posted and status may be of a till that lost its last words.
+    if not f[2] or f[6] ~= epoch then return {'cold', i - 4, 0} end
+    if f[1] == 'frozen' then return {'frozen', i - 4, 0} end
     local spoken_for = tonumber(f[3] or '0') + tonumber(f[4] or '0')
     local available = tonumber(f[2]) - spoken_for
     if kind == 'B' then available = limit - tonumber(f[2]) - spoken_for end

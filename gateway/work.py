@@ -1,0 +1,129 @@
+"""`farebox work`: what has to be done besides serving, by one process at a time.
+
+It ends the holds of dead workers and posts receipts that nobody posted. Several may run; the one
+that holds an advisory lock works, the others stand by. It never serves a request.
+Failure: a round that fails is logged and done again; while a store is away nothing is lost.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from billing import book
+from billing.errors import BillingError
+from billing.fleet import PoolBook, forget_workers, is_leader
+from billing.sweep import Sweeper
+from billing.till import Scripts, Till
+from billing.till_link import TillLink
+from config.clock import Seconds
+from config.settings import Settings
+from gateway.supervise import Tasks
+
+log = logging.getLogger("gateway.work")
+
+# Nobody waits for it, so it is patient.
+TILL_CALL_S, TILL_STALL_S = 2.0, 5.0
+CALLS_PENDING_MAX = 10_000
+POOL_SIZE = 2
+HOUR_S = 3600.0
+
+
+class Job(msgspec.Struct):
+    """Something to do again and again; due at once."""
+
+    name: str
+    every_s: Seconds
+    run: Callable[[], Awaitable[Counter[str] | None]]
+    due_at: Seconds = 0
+
+
+async def run_work(settings: Settings) -> None:
+    """Stand by until nobody else works, then work, for ever."""
+    said = ""
+    while True:
+        try:
+            await _lead(settings)
+            said = ""
+        except BillingError as exc:
+            error = f"{type(exc).__name__}: {exc.__cause__ or exc}"
+            if error != said:
+                log.warning("work.failed", extra={"error": error})
+            said = error
+        except Exception:
+            log.exception("work.crashed")
+        await asyncio.sleep(settings.work.every_s)
+
+
+async def _lead(settings: Settings) -> None:
+    """Work as long as we hold the lock; return when somebody else does."""
+    conn = await book.connect(settings.book.url.reveal())
+    try:
+        if not await is_leader(conn):
+            return
+        log.info("work.began")
+        async with _jobs(settings) as jobs:
+            while await is_leader(conn):  # asked again: the connection may have been lost
+                for job in jobs:
+                    await _do(job)
+                await asyncio.sleep(min(job.every_s for job in jobs))
+    finally:
+        conn.terminate()
+
+
+async def _do(job: Job) -> None:
+    now = asyncio.get_running_loop().time()
+    if now < job.due_at:
+        return
+    job.due_at = now + job.every_s
+    done = await job.run()
+    if done:
+        log.info("work.done", extra={"job": job.name, **done})
+
+
+@asynccontextmanager
+async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
+    """Everything there is to do, with the connections that it needs."""
+    work, limits = settings.work, settings.book
+    pool = await book.open_pool(
+        limits.url.reveal(), POOL_SIZE, limits.connect_timeout_s, limits.statement_timeout_ms
+    )
+    scripts = Scripts()
+    link = TillLink(
+        settings.till.url.reveal(),
+        scripts.all(),
+        call_timeout_s=TILL_CALL_S,
+        stall_timeout_s=TILL_STALL_S,
+        pending_max=CALLS_PENDING_MAX,
+    )
+    link.start()
+    await link.wait_up(TILL_CALL_S)
+    till = Till(link, scripts, PoolBook(pool, ""), worker="", lease_ms=0)
+    sweeper = Sweeper(pool, till, grace_s=work.sweep_grace_s, takeover_s=work.takeover_after_s)
+
+    async def forget() -> None:
+        async with book.acquire(pool) as conn:
+            await forget_workers(conn)
+
+    try:
+        yield [
+            Job("sweep", work.every_s, sweeper.sweep),
+            Job("workers.forget", HOUR_S, forget),
+        ]
+    finally:
+        await link.close()
+        pool.terminate()
+
+
+@asynccontextmanager
+async def working(settings: Settings) -> AsyncIterator[None]:
+    """Work in the background of this process while the context is open."""
+    tasks = Tasks()
+    tasks.start(run_work(settings), "work")
+    try:
+        yield
+    finally:
+        await tasks.close()
