@@ -178,7 +178,7 @@ class Till:
         """
         assert 0 <= hold_nanos <= NANOS_MAX
         for _ in range(ADMIT_TRIES):
-            epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+            epoch = self.epoch.number if self.epoch.is_known else await self._epoch_for_hold()
             packed = scopes.wire.admit(request_id, epoch, hold_nanos, self._lease_and_worker, draft)
             asked_at = time.monotonic()
             try:
@@ -193,6 +193,13 @@ class Till:
                 await self._mend(scopes, hold_nanos, reply)
         # Every answer was a plain no: nothing is held.
         raise TillUnavailable(asked=False)
+
+    async def _epoch_for_hold(self) -> int:
+        try:
+            return await self.learn_epoch()
+        except TillUnavailable as exc:
+            exc.asked = False  # about a hold nothing was asked yet
+            raise
 
     async def _ask_again(self, packed: Packed, asked_at: Seconds, first: TillUnavailable) -> Any:
         """Admit once more when there was no answer: two call timeouts in all."""

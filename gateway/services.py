@@ -1,9 +1,9 @@
 """Everything a worker needs, built once and closed once."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gateway.services")
 
-FIRST_TILL_WAIT_S = 5.0
+FIRST_TILL_WAIT_S, FIRST_TILL_AGAIN_S = 5.0, 0.05
 # For receipts on their way when somebody is in a hurry; the till's outbox keeps the rest.
 HURRIED_SETTLE_S = 3.0
 
@@ -109,6 +109,17 @@ class Services:
             except BillingError as exc:
                 log.warning("prices.refresh_failed", extra={"error": str(exc)})
 
+    async def wait_for_till(self) -> None:
+        """Until holds can be placed, but not for long: refusing is better than silence."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TILL_WAIT_S):
+                while True:
+                    with contextlib.suppress(BillingError):
+                        await self.link.wait_up(FIRST_TILL_WAIT_S)
+                        await self.till.learn_epoch()
+                        return
+                    await asyncio.sleep(FIRST_TILL_AGAIN_S)
+
     def sample(self) -> None:
         """Gauges that are read from state."""
         self.metrics.inflight.set(self.open_calls)
@@ -121,7 +132,7 @@ def worker_name() -> str:
     return f"w_{id_text(new_id())}"
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def open_services(
     settings: Settings, metrics: Metrics, hurry: asyncio.Event | None = None
 ) -> AsyncIterator[Services]:
@@ -146,7 +157,7 @@ async def open_services(
         services.tasks.start(services.holds.run_alive(), "holds.alive")
         services.tasks.start(services.holds.run_renewals(), "holds.renew")
         services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")
-        await services.link.wait_up(FIRST_TILL_WAIT_S)
+        await services.wait_for_till()
         yield services
         services.settler.stop()
         settled = services.tasks.start(_all_ended(commits, confirms), "settler.end")
