@@ -58,6 +58,7 @@ output_tokens_max = {WORDS}
 """
 PROMPT = "word " * WORDS
 CREDITS = 1_000_000
+PACE_S = 0.02
 
 
 class Site:
@@ -173,6 +174,8 @@ async def test_postgres_away_costs_nobody_anything(place: Place, is_full: bool) 
             while time.monotonic() < ends:
                 answer = await site.call("slow" if stream else "quick", stream=stream)
                 answers[answer.status] += 1
+                # A load that the bound on waiting receipts has room for.
+                await asyncio.sleep(PACE_S)
 
         async with asyncio.TaskGroup() as group:
             for number in range(8):
