@@ -45,7 +45,7 @@ async def admit(services: Services, call: Call) -> None:
     """
     receipt = call.open_receipt(Outcome.RECOVERED)
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
-    receipt.input_tokens = call.facts.text_bytes // BYTES_PER_TOKEN_MOST + 1
+    receipt.input_tokens = prompt_least(call.facts)
     draft = encode_receipt(receipt)
     call.is_open = True
     try:
@@ -57,6 +57,12 @@ async def admit(services: Services, call: Call) -> None:
         # What never left this process cannot be held: a till that is down costs no receipts.
         call.is_open = exc.asked
         raise
+
+
+def prompt_least(facts: CallFacts) -> int:
+    """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
+    around = len(facts.body) - len(bytes(facts.fields.get("messages", b"")))
+    return max((facts.text_bytes - around) // BYTES_PER_TOKEN_MOST, 1)
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:

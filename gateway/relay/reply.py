@@ -164,7 +164,8 @@ class Reply:
         if receipt is None or not self.call.is_open:
             return
         if prompt_tokens is not None:
-            receipt.input_tokens = max(prompt_tokens, receipt.input_tokens)
+            # Counted, it replaces the estimate, which may be the higher one; 0: too long to count.
+            receipt.input_tokens = prompt_tokens or receipt.input_tokens
             self._is_prompt_counted = True
         if text:
             # A token may lie across the place where two checkpoints meet.
