@@ -90,6 +90,7 @@ class Sweeper:
         held = await self._read_holds(prefix, ends)
         async with acquire(self._pool) as conn:
             alive = await living(conn, [hold.worker for hold in held])
+        # crash-point: sweep.read
         for hold in held:
             if hold.worker not in alive or hold.is_old:
                 done[await self._end(hold)] += 1
@@ -135,6 +136,7 @@ class Sweeper:
                 "hold.sweep_refused", extra={"request_id": hold.request_id, "reply": exc.reply}
             )
             return "refused"
+        # crash-point: sweep.ended
         word = str(reply, "ascii")
         if word == "swept":
             # Posted in this very round.
@@ -192,6 +194,7 @@ class Sweeper:
         return now - self._seen.setdefault(request_id, now) >= self._takeover_s
 
     async def _post(self, receipts: Sequence[ChargeReceipt]) -> int:
+        # crash-point: takeover.begin
         try:
             async with acquire(self._pool) as conn:
                 states = await post_receipts(conn, receipts)
@@ -200,6 +203,7 @@ class Sweeper:
                 self._say_once(receipts[0].source_reference, exc.reason)
                 return 0
             return sum([await self._post([receipt]) for receipt in receipts])
+        # crash-point: takeover.done
         by_account: dict[Any, list[tuple[SpendScopes, str]]] = {}
         for receipt in receipts:
             entry = (scopes_of(receipt), receipt.source_reference)
@@ -207,6 +211,7 @@ class Sweeper:
         for state in states:
             entries = by_account[state.account_id]
             await self._till.confirm(Confirmation(state=state, receipts=entries))
+            # crash-point: takeover.confirmed
         return len(receipts)
 
     def _receipt(self, request_id: str, raw: bytes | None) -> ChargeReceipt | None:

@@ -47,6 +47,7 @@ async def admit(services: Services, call: Call) -> None:
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
     receipt.input_tokens = prompt_least(call.facts)
     draft = encode_receipt(receipt)
+    # crash-point: admit.begin
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
@@ -57,6 +58,7 @@ async def admit(services: Services, call: Call) -> None:
         # What never left this process cannot be held: a till that is down costs no receipts.
         call.is_open = exc.asked
         raise
+    # crash-point: admit.placed
 
 
 def prompt_least(facts: CallFacts) -> int:

@@ -48,12 +48,15 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
         stream=call.facts.stream,
         request_id=call.request_id,
     )
+    # crash-point: forward.unmarked
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     # With all that is said to the till in this turn of the loop, in one write at its end.
     await services.till.forwarded_soon(call.caller.scopes, call.request_id)
+    # crash-point: forward.marked
     call.is_sent = True
     began = time.monotonic()
     reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
+    # crash-point: forward.answered
     call.upstream_wait_s = time.monotonic() - began
     # Bytes that are no text come as surrogates, which fit into no receipt.
     provider_id = (reply.header("x-request-id") or "")[:256]

@@ -69,6 +69,7 @@ async def _prepared(services: Services, arrival: Arrival, exchange: Exchange) ->
 
 async def _void(services: Services, call: Call) -> None:
     """The till did not say whether the hold is there: one free receipt ends it in any case."""
+    # crash-point: void.begin
     settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
     record(services, call, settled.receipt)
     await wait_settled(settled)

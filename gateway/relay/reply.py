@@ -114,6 +114,7 @@ class Reply:
         assert not self.client.head_sent
         self.code = exc.label
         await wait_settled(self.settle(outcome, VOID))
+        # crash-point: fail.settled
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
         length = (b"content-length", b"%d" % len(body))
@@ -152,6 +153,7 @@ class Reply:
                 outcome = Outcome.CLIENT_LEFT
                 bill = await self.bill()
         finally:
+            # crash-point: left.settling
             await wait_settled(self.settle(outcome, bill))
 
     def uncounted(self) -> tuple[bool, str]:
@@ -179,6 +181,7 @@ class Reply:
 
     def _client_left(self) -> None:
         """Read the provider on for its usage, but not for long, and not for too many at once."""
+        # crash-point: left.noticed
         services = self.services
         if services.drains >= services.settings.limits.drains_max:
             self.dog.shorten(0)

@@ -125,6 +125,7 @@ async def wait_settled(settled: Settled) -> int | None:
         except (TimeoutError, BillingError):
             log.warning("settle.unanswered", extra={"request_id": settled.request_id})
         return None
+    # crash-point: settle.answered
     return int(reply[1])
 
 
