@@ -78,7 +78,7 @@ class Services:
             on_result=metrics.count_settlements,
             gather_s=settings.book.commit_gather_ms / 1000,
         )
-        self.claims = Claims(pool, self.till, settings.timeouts.request_total_s)
+        self.claims = Claims(pool, self.till, self.tasks, settings.timeouts.request_total_s)
         self.is_draining = False
         self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)

@@ -9,11 +9,13 @@ cannot be released stays until it counts as abandoned.
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from typing import Any
+from uuid import UUID
 
-from billing.book import BookRefused, Connection, Pool, acquire
+from billing.book import BookRefused, Pool, acquire
 from billing.errors import (
+    BillingError,
     BookUnavailable,
     IdempotencyCompleted,
     IdempotencyInFlight,
@@ -35,6 +37,7 @@ from config.ids import id_text
 from gateway.errors import invalid, unavailable
 from gateway.relay.aside import LARGE_BYTES, Aside
 from gateway.relay.call import Call
+from gateway.supervise import Tasks
 
 log = logging.getLogger("gateway.once")
 
@@ -67,38 +70,70 @@ async def make_claim(aside: Aside, call: Call, key: bytes) -> Claim:
 
 
 class Claims:
-    """The claims of one worker's requests."""
+    """The claims of one worker's requests.
 
-    def __init__(self, pool: Pool, till: Till, request_total_s: Seconds) -> None:
+    They run in the background: a book that stalls keeps no request waiting longer than
+    `BOOK_WAIT_S`, and what it does late is taken back.
+    """
+
+    def __init__(self, pool: Pool, till: Till, tasks: Tasks, request_total_s: Seconds) -> None:
         self._pool = pool
         self._till = till
+        self._tasks = tasks
         self._longest_s = request_total_s + SETTLED_WITHIN_S
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
-        self._waiting = 0
+        self._claiming: dict[UUID, asyncio.Task[BillingError | None]] = {}
 
     async def take(self, scopes: SpendScopes, claim: Claim) -> None:
-        """Claim the key; raises one of HELD_BY_ANOTHER, or ApiError 503: it may be claimed then."""
+        """Claim the key. Raises one of HELD_BY_ANOTHER, or ApiError 503: then it may be claimed."""
+        if len(self._claiming) >= CLAIMS_WAITING_MAX:
+            raise unavailable("The gateway is busy.")
+        task = self._tasks.start(self._claim(scopes, claim), "idempotency.claim")
+        self._claiming[claim.request_id] = task
+        task.add_done_callback(lambda _: self._claiming.pop(claim.request_id))
+        await asyncio.wait([task], timeout=BOOK_WAIT_S)
+        refusal = task.result() if task.done() else BookUnavailable()
+        if isinstance(refusal, BookUnavailable):
+            raise unavailable("Idempotency-Key cannot be honoured right now.") from refusal
+        if refusal is not None:
+            raise refusal
+
+    async def release(self, claim: Claim) -> None:
+        """Leave the key to others: the request was refused. Never raises."""
+        claiming = self._claiming.get(claim.request_id)
+        task = self._tasks.start(self._release(claim, claiming), "idempotency.release")
+        if claiming is None:
+            await asyncio.wait([task], timeout=BOOK_WAIT_S)
+
+    async def _claim(self, scopes: SpendScopes, claim: Claim) -> BillingError | None:
+        """Why the claim cannot be had, or None: it is there."""
+        due = time.monotonic() + BOOK_WAIT_S
 
         async def is_abandoned(holder: Holder) -> bool:
             return await self._is_abandoned(scopes, holder)
 
-        if self._waiting >= CLAIMS_WAITING_MAX:
-            raise unavailable("The gateway is busy.")
         try:
-            async with self._connection() as conn:
-                holder_id = await claim_request(conn, claim, is_abandoned)
-        except (BookUnavailable, BookRefused, TimeoutError) as exc:
-            raise unavailable("Idempotency-Key cannot be honoured right now.") from exc
+            async with self._slots:
+                if time.monotonic() > due:
+                    return BookUnavailable()  # nobody waits for it any more
+                async with acquire(self._pool) as conn:
+                    holder_id = await claim_request(conn, claim, is_abandoned)
+        except HELD_BY_ANOTHER as exc:
+            return exc
+        except (BookUnavailable, BookRefused) as exc:
+            return exc if isinstance(exc, BookUnavailable) else BookUnavailable()
         if holder_id is not None:
             facts = {"request_id": id_text(claim.request_id), "from": id_text(holder_id)}
             log.info("idempotency.taken_over", extra=facts)
+        return None
 
-    async def release(self, claim: Claim) -> None:
-        """Leave the key to others: the request was refused. Never raises."""
+    async def _release(self, claim: Claim, claiming: asyncio.Task[Any] | None) -> None:
+        if claiming is not None:
+            await asyncio.wait([claiming])  # a claim that came after its release would stay
         try:
-            async with self._connection() as conn:
+            async with self._slots, acquire(self._pool) as conn:
                 await release_claim(conn, claim)
-        except (BookUnavailable, BookRefused, TimeoutError):
+        except (BookUnavailable, BookRefused):
             facts = {"request_id": id_text(claim.request_id)}
             log.warning("idempotency.release_failed", extra=facts)
 
@@ -115,12 +150,3 @@ class Claims:
             return False
         is_whole = epoch == holder.epoch and holder.epoch_age_s > holder.age_s
         return is_whole or holder.age_s > self._longest_s
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(BOOK_WAIT_S), self._slots, acquire(self._pool) as conn:
-                yield conn
-        finally:
-            self._waiting -= 1
