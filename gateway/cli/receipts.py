@@ -1,5 +1,6 @@
 """`farebox receipts`: what was charged, and why."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,15 @@ def show_receipt(receipt: str, config: Path | None, data_dir: Path | None, as_js
     if as_json:
         show.as_json({**row, "ledger": ledger})
         return
-    failed = row.pop("failed_attempts")
-    tried = {f"failed_attempt_{number}": _told(one) for number, one in enumerate(failed, 1)}
-    ledger_row = {f"ledger_{name}": value for name, value in (ledger or {}).items()}
-    show.pairs({**row, **tried, **ledger_row})
+    show.pairs(for_people(row, ledger))
+
+
+def for_people(row: Mapping[str, Any], ledger: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A line for each failed attempt and for each field of the ledger row."""
+    failed = row["failed_attempts"]
+    shown = {name: value for name, value in row.items() if name != "failed_attempts"}
+    shown |= {f"failed_attempt_{number}": _told(one) for number, one in enumerate(failed, 1)}
+    return shown | {f"ledger_{name}": value for name, value in (ledger or {}).items()}
 
 
 def _told(attempt: "FailedAttempt") -> str:
