@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 from billing import book
-from billing.book import Pool, post_receipts
+from billing.book import Pool
 from billing.errors import IdempotencyCompleted, IdempotencyInFlight, IdempotencyMismatch
 from billing.idempotency import (
     Claim,
@@ -17,6 +17,7 @@ from billing.idempotency import (
     purge_idempotent_requests,
     release_claim,
 )
+from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt
 from config.ids import new_id
 from tests.support.books import Account, make_account, open_pool
