@@ -219,6 +219,20 @@ class Till:
         elif not await self._refreshed(status, scopes.account_id):
             _refuse(status, scopes, index, hold_nanos, nanos)
 
+    async def trace(self, scopes: SpendScopes, request_id: str) -> tuple[int, bool]:
+        """The epoch of the content (0: there is none), and whether a request is in it.
+
+        Raises TillUnavailable or TillRefused.
+        """
+        # In this order: what is settled in between is found in the outbox, unless it is confirmed,
+        # and then the book has it.
+        epoch, hold, entry = await asyncio.gather(
+            self.link.command(("GET", scopes.epoch_key)),
+            self.link.command(("EXISTS", scopes.hold_prefix + request_id)),
+            self.link.command(("HEXISTS", scopes.outbox_key, request_id)),
+        )
+        return int(epoch or 0), bool(hold or entry)
+
     def forwarded(self, scopes: SpendScopes, request_id: str) -> None:
         """Mark the hold as forwarded, on the wire when this returns; the reply is not awaited."""
         self._send_forwarded(scopes, request_id)

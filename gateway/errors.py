@@ -11,6 +11,7 @@ import msgspec
 from billing import errors as billing
 from billing.book import BookRefused
 from billing.money import credits_text, usd_text
+from config.ids import id_text
 from keys import errors as keys
 
 # A path inside this project: it has no public address of its own yet.
@@ -111,6 +112,32 @@ def _too_many(exc: billing.TooManyOpenRequests) -> ApiError:
     return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
 
 
+def _in_flight(_: Any) -> ApiError:
+    message = (
+        "The first request with this Idempotency-Key is still under way. "
+        "This call was not charged. Try again in a moment."
+    )
+    headers = ((b"retry-after", b"%d" % RETRY_SOON_S),)
+    return ApiError(409, "idempotency_in_flight", message, headers=headers)
+
+
+def _completed(exc: billing.IdempotencyCompleted) -> ApiError:
+    receipt_id = f"rcpt_{id_text(exc.request_id)}"
+    charged = f"was charged once, ${usd_text(exc.price_nanos)}" if exc.price_nanos else "was free"
+    message = (
+        f"The first request with this Idempotency-Key has ended and {charged} (receipt "
+        f"{receipt_id}); its answer is not stored. This call was not charged. Use a new key to "
+        "ask again."
+    )
+    headers = ((b"x-should-retry", b"false"), (b"x-receipt-id", receipt_id.encode()))
+    return ApiError(409, "idempotency_completed", message, headers=headers)
+
+
+def _mismatch(_: Any) -> ApiError:
+    message = "This Idempotency-Key was used before with another body. Use a new key."
+    return ApiError(422, "idempotency_mismatch", f"{message} {NOT_CHARGED}")
+
+
 def _forbidden(code: str, message: str) -> Callable[[Any], ApiError]:
     return lambda _: ApiError(403, code, f"{message} {NOT_CHARGED}", kind="permission_error")
 
@@ -152,6 +179,9 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     billing.TillRefused: _unavailable("Credit cannot be reserved right now."),
     billing.BookUnavailable: _unavailable("The account cannot be read right now."),
     BookRefused: _unavailable("The account cannot be read right now."),
+    billing.IdempotencyMismatch: _mismatch,
+    billing.IdempotencyInFlight: _in_flight,
+    billing.IdempotencyCompleted: _completed,
     billing.ReceiptsPending: _unavailable("Too many receipts are waiting to be recorded."),
     billing.AccountUnknown: _not_found("There is no such account."),
     billing.CreditTooLarge: _conflict(str(billing.CreditTooLarge())),

@@ -102,6 +102,12 @@ class Metrics:
             ["outcome", "usage_source", "cost_source"],
             registry=reg,
         )
+        self._upstream_failures = Counter(
+            "farebox_upstream_failures",
+            "Attempts at providers that failed before anything of an answer was sent.",
+            ["provider", "reason"],
+            registry=reg,
+        )
         self._settlements = Counter(
             "farebox_settlements", "Receipts on their way into the book.", ["result"], registry=reg
         )
@@ -175,6 +181,10 @@ class Metrics:
             self._child(self._tokens, model, "cached").inc(tokens.cached)
         if tokens.reasoning:
             self._child(self._tokens, model, "reasoning").inc(tokens.reasoning)
+
+    def count_upstream_failure(self, provider: str, reason: str) -> None:
+        """provider comes from the config and reason from our own words: both are bounded."""
+        self._child(self._upstream_failures, provider, reason).inc()
 
     def count_settlements(self, result: str, count: int) -> None:
         self._child(self._settlements, result).inc(count)

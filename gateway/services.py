@@ -26,6 +26,7 @@ from gateway.providers.http import HttpClient
 from gateway.relay.aside import Aside
 from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
+from gateway.relay.once import Claims
 from gateway.relay.watchdog import Watchdogs
 from gateway.supervise import Tasks
 
@@ -77,6 +78,7 @@ class Services:
             on_result=metrics.count_settlements,
             gather_s=settings.book.commit_gather_ms / 1000,
         )
+        self.claims = Claims(pool, self.till, self.tasks, settings.timeouts.request_total_s)
         self.is_draining = False
         self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)

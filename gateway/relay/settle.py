@@ -80,7 +80,7 @@ def _reported_usd(call: Call, seen: Seen, header_usd: Decimal | None) -> Decimal
 
 
 def _bill(call: Call, usage: Usage, source: UsageSource, reported: Decimal | None) -> Bill:
-    charge = charge_for(usage, call.rates, reported, call.route.markup_bps, call.hold_nanos)
+    charge = charge_for(usage, call.rates, reported, call.model.markup_bps, call.hold_nanos)
     return Bill(usage=usage, usage_source=source, charge=charge)
 
 
