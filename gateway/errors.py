@@ -68,6 +68,13 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_request
     return ApiError(400, code, f"{message} {NOT_CHARGED}", param=param)
 
 
+def late_body() -> ApiError:
+    """400, never 408: SDKs repeat that by themselves."""
+    exc = invalid("The body did not arrive in time.")
+    exc.headers = ((b"connection", b"close"),)
+    return exc
+
+
 def unavailable(what: str, code: str = "unavailable") -> ApiError:
     """503: refused before anything was charged; the same request may work in a moment."""
     return ApiError(
