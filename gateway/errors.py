@@ -75,14 +75,16 @@ def late_body() -> ApiError:
     return exc
 
 
-def unavailable(what: str, code: str = "unavailable") -> ApiError:
+def unavailable(
+    what: str, code: str = "unavailable", retry_after_s: int = RETRY_SOON_S
+) -> ApiError:
     """503: refused before anything was charged; the same request may work in a moment."""
     return ApiError(
         503,
         code,
         f"{what} Nothing was forwarded. {NOT_CHARGED} Try again.",
         kind="server_error",
-        headers=((b"retry-after", b"%d" % RETRY_SOON_S),),
+        headers=((b"retry-after", b"%d" % retry_after_s),),
     )
 
 

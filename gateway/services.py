@@ -28,6 +28,7 @@ from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
 from gateway.relay.once import Claims
 from gateway.relay.watchdog import Watchdogs
+from gateway.shedding import Shedding
 from gateway.supervise import Tasks
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Services:
         self.catalog: Catalog = build_catalog(settings, self.client)
         self.prices = PriceBook([])
         self.authenticator = Authenticator(settings, pool, self.tasks)
+        self.shedding = Shedding(settings, metrics, self.tasks)
         scripts = Scripts()
         self.link = TillLink(
             settings.till.url.reveal(),
@@ -122,11 +124,13 @@ class Services:
                         return
                     await asyncio.sleep(FIRST_TILL_AGAIN_S)
 
-    def sample(self) -> None:
-        """Gauges that are read from state."""
+    def sample(self, lag_s: float) -> None:
+        """Gauges that are read from state, and whether that state allows more."""
+        oldest_s = self.settler.oldest_age_s()
+        self.shedding.look(lag_s, oldest_s)
         self.metrics.inflight.set(self.open_calls)
         self.metrics.settlements_pending.set(self.settler.pending)
-        self.metrics.settlement_oldest.set(self.settler.oldest_age_s())
+        self.metrics.settlement_oldest.set(oldest_s)
 
 
 def worker_name() -> str:
