@@ -57,6 +57,7 @@ class Book(Table, frozen=True, kw_only=True):
     commit_gather_ms: DelayMs = 10
     receipts_pending_max: Positive = 50_000
     pending_age_max_s: WholeSeconds = 900
+    spool_dir: str = ""
 
 
 class Till(Table, frozen=True, kw_only=True):

@@ -130,7 +130,13 @@ class Metrics:
         self._price_nanos = self._cost_nanos = self._overrun_nanos = 0
 
     def _make_guards(self, reg: CollectorRegistry | None) -> None:
-        """What tells of trouble: shedding."""
+        """What tells of trouble: the spool and shedding."""
+        self._spooled = Counter(
+            "farebox_spool_receipts", "Receipts to and from the spool.", ["result"], registry=reg
+        )
+        self.spool_uncommitted = _gauge(
+            reg, "livesum", "spool_uncommitted", "Receipts that only a spool has."
+        )
         self._shed = Counter(
             "farebox_shed_requests", "Requests refused to protect others.", ["reason"], registry=reg
         )
@@ -201,6 +207,9 @@ class Metrics:
 
     def count_settlements(self, result: str, count: int) -> None:
         self._child(self._settlements, result).inc(count)
+
+    def count_spool(self, result: str, count: int) -> None:
+        self._child(self._spooled, result).inc(count)
 
     def count_shed(self, reason: str) -> None:
         self._child(self._shed, reason).inc()

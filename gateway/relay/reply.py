@@ -111,7 +111,7 @@ class Reply:
         """End the call free of charge and answer with an error. Only before any of the answer."""
         assert not self.client.head_sent
         self.code = exc.label
-        await wait_settled(self.settle(outcome, VOID))
+        await wait_settled(self.services, self.settle(outcome, VOID))
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
         length = (b"content-length", b"%d" % len(body))
@@ -150,7 +150,7 @@ class Reply:
                 outcome = Outcome.CLIENT_LEFT
                 bill = await self.bill()
         finally:
-            await wait_settled(self.settle(outcome, bill))
+            await wait_settled(self.services, self.settle(outcome, bill))
 
     def uncounted(self) -> tuple[bool, str]:
         """What no checkpoint counted yet: whether the prompt is part of it, and the text."""
