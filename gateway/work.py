@@ -17,6 +17,7 @@ import msgspec
 from billing import book
 from billing.errors import BillingError
 from billing.fleet import PoolBook, forget_workers, is_leader
+from billing.idempotency import purge_idempotent_requests
 from billing.spool_replay import post_into, replay_spool
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
@@ -112,16 +113,17 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
         done = await replay_spool(Path(limits.spool_dir), post_into(pool))
         return +Counter(msgspec.structs.asdict(done))
 
-    async def forget() -> None:
+    async def forget() -> Counter[str]:
         async with book.acquire(pool) as conn:
             await forget_workers(conn)
+            return +Counter(idempotency_keys=await purge_idempotent_requests(conn))
 
     try:
         yield [
             # Before the sweep: what a dead worker knew is better than what a sweeper guesses.
             Job("spool.replay", work.every_s, replay),
             Job("sweep", work.every_s, sweeper.sweep),
-            Job("workers.forget", HOUR_S, forget),
+            Job("forget", HOUR_S, forget),
         ]
     finally:
         await link.close()
