@@ -68,14 +68,23 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_request
     return ApiError(400, code, f"{message} {NOT_CHARGED}", param=param)
 
 
-def unavailable(what: str, code: str = "unavailable") -> ApiError:
+def late_body() -> ApiError:
+    """400, never 408: SDKs repeat that by themselves."""
+    exc = invalid("The body did not arrive in time.")
+    exc.headers = ((b"connection", b"close"),)
+    return exc
+
+
+def unavailable(
+    what: str, code: str = "unavailable", retry_after_s: int = RETRY_SOON_S
+) -> ApiError:
     """503: refused before anything was charged; the same request may work in a moment."""
     return ApiError(
         503,
         code,
         f"{what} Nothing was forwarded. {NOT_CHARGED} Try again.",
         kind="server_error",
-        headers=((b"retry-after", b"%d" % RETRY_SOON_S),),
+        headers=((b"retry-after", b"%d" % retry_after_s),),
     )
 
 

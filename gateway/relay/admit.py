@@ -29,6 +29,8 @@ def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFac
         raise unknown_model(facts.model, services.catalog.nearest(facts.model))
     if services.is_draining:
         raise unavailable("The gateway is shutting down.")
+    if services.shedding.reason:
+        raise services.shedding.refusal()
     if not services.settler.accepts:
         raise ReceiptsPending
     if services.open_calls >= services.settings.limits.open_requests_per_worker:

@@ -101,4 +101,4 @@ async def _void(services: Services, call: Call) -> None:
     # crash-point: void.begin
     settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
     record(services, call, settled.receipt)
-    await wait_settled(settled)
+    await wait_settled(services, settled)

@@ -111,7 +111,7 @@ class Reply:
         """End the call free of charge and answer with an error. Only before any of the answer."""
         assert not self.client.head_sent
         self.code = exc.label
-        await wait_settled(self.settle(outcome, VOID))
+        await wait_settled(self.services, self.settle(outcome, VOID))
         # crash-point: fail.settled
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
@@ -152,7 +152,7 @@ class Reply:
                 bill = await self.bill()
         finally:
             # crash-point: left.settling
-            await wait_settled(self.settle(outcome, bill))
+            await wait_settled(self.services, self.settle(outcome, bill))
 
     def uncounted(self) -> tuple[bool, str]:
         """What no checkpoint counted yet: whether the prompt is part of it, and the text."""
