@@ -147,6 +147,7 @@ class Spool:
 
     async def _is_kept(self, batch: list[Settled]) -> bool:
         """Write and sync in a thread; False when the disk refuses."""
+        # crash-point: spool.begin
         work = asyncio.get_running_loop().run_in_executor(None, self._write, batch)
         await asyncio.wait([work], timeout=STALLED_S)
         if not work.done():
@@ -162,6 +163,7 @@ class Spool:
             log.warning("spool.written", extra={"receipts": len(batch)})
             self._on_result("written", len(batch))
         self._written.update(batch)
+        # crash-point: spool.done
         for settled in batch:
             self._end_wait(settled)
         return True

@@ -94,6 +94,7 @@ class _Replay:
         """Raises BillingError when the book is away, OSError when the disk is."""
         while lines := await asyncio.to_thread(self._read):
             await self._post_some([found for line in lines if (found := self._receipt(line))])
+        # crash-point: replay.posted
         await asyncio.to_thread(self._finish)
         mine, done = self._mine, self._done
         done.files += 1
@@ -124,6 +125,7 @@ class _Replay:
     async def _post_some(self, found: Sequence[tuple[bytes, ChargeReceipt]]) -> None:
         if not found:
             return
+        # crash-point: replay.begin
         try:
             await self._post([receipt for _, receipt in found])
         except BookRefused as exc:

@@ -128,6 +128,7 @@ def _take_next(
         ms=int((call.upstream_wait_s - waited_s) * 1000),
     )
     call.next_route(failed)
+    # crash-point: route.next
 
 
 def note_failure(services: Services, call: Call, reason: str, why: str) -> None:

@@ -62,6 +62,7 @@ async def _admit_once(services: Services, call: Call, claim: Claim) -> None:
     began = time.monotonic()
     try:
         await services.claims.take(call.caller.scopes, claim)
+        # crash-point: claim.taken
         await admit(services, call)
         if time.monotonic() - began > ADMITTED_WITHIN_S:
             raise unavailable("Admitting this request took too long.")

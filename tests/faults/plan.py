@@ -6,7 +6,7 @@ in a long campaign every crash point has its turns, and any run can be repeated 
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tests.faults.points import POINTS, Point
@@ -25,6 +25,7 @@ class Kind(StrEnum):
     TILL_FLUSHED = "till emptied"
     TILL_ROLLED_BACK = "till loses its last writes"
     BOOK_KILLED = "book killed"
+    BOTH_AWAY = "till and book away"
     TILL_LINE = "line to the till"
     BOOK_LINE = "line to the book"
     PROVIDER_LINE = "line to the provider"
@@ -60,6 +61,7 @@ WEIGHTS = {
     Kind.TILL_FLUSHED: 1,
     Kind.TILL_ROLLED_BACK: 1,
     Kind.BOOK_KILLED: 1,
+    Kind.BOTH_AWAY: 1,
     Kind.TILL_LINE: 2,
     Kind.BOOK_LINE: 2,
     Kind.PROVIDER_LINE: 2,
@@ -83,8 +85,8 @@ class Model:
     weight: int
     stream: bool | None = None
     """None: either way."""
-    is_whole: bool = True
-    """Whether an answer that ends is a complete and priced one."""
+    fails_first: str = ""
+    """The mode of a route that is tried before."""
 
 
 # The mode's parameters are the provider's; prompt= is added by the campaign.
@@ -98,12 +100,14 @@ MODELS = {
         Model(name="silent", mode="no-usage:tokens=20,chunk_delay_ms=8", weight=3),
         Model(name="beyond", mode="above-max-tokens:tokens=30", weight=1),
         Model(name="broken", mode="cut:tokens=30,after=9,chunk_delay_ms=12", weight=2,
-              stream=True, is_whole=False),
+              stream=True),
         Model(name="wrong", mode="error-in-200:tokens=30,after=7,chunk_delay_ms=8",
-              weight=1, stream=True, is_whole=False),
-        Model(name="failing", mode="status:500", weight=2, is_whole=False),
+              weight=1, stream=True),
+        Model(name="failing", mode="status:500", weight=2),
+        Model(name="second", mode="plain:tokens=14,chunk_delay_ms=5", weight=1,
+              fails_first="status:503"),
         Model(name="stalling", mode="stall-body:tokens=30,after=5,chunk_delay_ms=8",
-              weight=1, stream=True, is_whole=False),
+              weight=1, stream=True),
     )
 }  # fmt: skip
 # So that each crash point is passed, whatever else is drawn.
@@ -113,7 +117,10 @@ ALWAYS = (
     *(("slow", True, Behaviour.STAY), ("slow", True, Behaviour.LEAVE)),
     *(("long", True, Behaviour.STAY), ("silent", True, Behaviour.STAY)),
     *(("failing", False, Behaviour.STAY), ("stalling", True, Behaviour.LEAVE)),
+    ("second", True, Behaviour.STAY),
 )
+# Those of them that are sent with an Idempotency-Key, and once more when the fault is over.
+ONCE = {0, 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +136,9 @@ class Order:
     start_ms: int
     leave_after: int = 0
     max_tokens: int | None = None
+    idempotency_key: str = ""
+    repeats: str = ""
+    """The name of the request that this one repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +150,8 @@ class Plan:
     orders: Sequence[Order]
     later: Sequence[Order]
     """One after the other when the fault is over, until the system serves again."""
+    repeats: Sequence[Order]
+    """Then: what was sent with an Idempotency-Key, once more."""
     credits: int
     fault_ms: int
     fault_for_ms: int
@@ -151,6 +163,24 @@ class Plan:
     @property
     def crash_at(self) -> str:
         return "" if self.point is None else f"{self.point.name}:{self.nth}"
+
+    @property
+    def crash_at_first(self) -> str:
+        """For the run's first worker; who finds what it left may be the one that dies."""
+        if self.kind is not Kind.WORKER_POINT or self.is_second:
+            return ""
+        return self.crash_at
+
+    @property
+    def is_second(self) -> bool:
+        """Whether the second worker of the run is the one that dies at its crash point."""
+        return self.point is not None and self.point.company == "spooled"
+
+    @property
+    def needs_patience(self) -> bool:
+        """Whether a worker may find no book when it starts, and has to be started again."""
+        company = "" if self.point is None else self.point.company
+        return self.kind is Kind.BOTH_AWAY or company in {"both-away", "spooled"}
 
     @property
     def fault(self) -> str:
@@ -178,8 +208,9 @@ def draw(seed: int, number: int) -> Plan:
         kind=kind,
         orders=orders,
         later=later,
+        repeats=[_repeat(order) for order in orders if order.idempotency_key],
         credits=CREDITS_POOR if is_poor else CREDITS_RICH,
-        fault_ms=_fault_ms(rng, point),
+        fault_ms=_fault_ms(rng, kind, point),
         fault_for_ms=rng.randint(50, 700),
         point=point,
         nth=1 if point is None else rng.randint(1, point.nth_max),
@@ -188,8 +219,10 @@ def draw(seed: int, number: int) -> Plan:
     )
 
 
-def _fault_ms(rng: random.Random, point: Point | None) -> int:
+def _fault_ms(rng: random.Random, kind: Kind, point: Point | None) -> int:
     """Most is open in the middle; a point that has company needs that."""
+    if kind is Kind.BOTH_AWAY:
+        return rng.randint(*COMPANY_MS)
     is_early = point is not None and (point.company or point.role == "work")
     return rng.randint(*(COMPANY_MS if is_early else FAULT_MS))
 
@@ -222,6 +255,7 @@ def _orders(rng: random.Random, number: int) -> list[Order]:
 def _order(rng: random.Random, number: int, index: int, what: tuple[str, bool, Behaviour]) -> Order:
     name, stream, behaviour = what
     model = MODELS[name]
+    is_once = index in ONCE or (len(ALWAYS) <= index < FIRST_LATER and rng.random() < 0.15)
     vanishes = behaviour is Behaviour.VANISH
     return Order(
         name=f"run-{number}-{index}",
@@ -233,7 +267,13 @@ def _order(rng: random.Random, number: int, index: int, what: tuple[str, bool, B
         start_ms=rng.randint(0, STARTS_MS) if index < FIRST_LATER else 0,
         leave_after=-rng.randint(1, 150) if vanishes else rng.choice((0, rng.randint(1, 4000))),
         max_tokens=rng.choice((None, 16, 60)) if name == "beyond" else None,
+        idempotency_key=f"key-{number}-{index}" if is_once else "",
     )
+
+
+def _repeat(order: Order) -> Order:
+    name = f"{order.name}-again"
+    return replace(order, name=name, repeats=order.name, behaviour=Behaviour.STAY, start_ms=0)
 
 
 def _prompt(number: int, index: int) -> str:

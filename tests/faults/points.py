@@ -8,7 +8,7 @@ from typing import Literal
 
 Role = Literal["worker", "work"]
 # What else a run needs so that the point is passed.
-Company = Literal["", "slow-till", "till-killed", "stands-still"]
+Company = Literal["", "slow-till", "till-killed", "stands-still", "both-away", "spooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,12 @@ POINTS = {
         Point(name="epoch.opened", nth_max=2, company="till-killed"),
         Point(name="taken.noticed", nth_max=1, company="stands-still"),
         Point(name="repeat.seen", nth_max=1, company="stands-still"),
+        Point(name="claim.taken", nth_max=2),
+        Point(name="route.next", nth_max=1),
+        Point(name="spool.begin", nth_max=1, company="both-away"),
+        Point(name="spool.done", nth_max=1, company="both-away"),
+        Point(name="replay.begin", nth_max=1, company="spooled"),
+        Point(name="replay.posted", nth_max=1, company="spooled"),
         Point(name="adjust.begin", nth_max=2, company="stands-still"),
         Point(name="adjust.written", nth_max=2, company="stands-still"),
         Point(name="sweep.read", nth_max=1, role="work"),

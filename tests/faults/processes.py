@@ -40,7 +40,7 @@ class Child:
         """The exit status, negative for a signal; None while it runs."""
         return int(self._exit.read_text()) if self._exit.exists() else None
 
-    async def said(self, line: bytes) -> None:
+    async def said(self, line: bytes, timeout_s: float = START_S) -> None:
         """Wait until it has written that line. Raises NotStarted when it ends before."""
 
         async def look() -> bool | None:
@@ -50,7 +50,7 @@ class Child:
                 raise NotStarted(f"status {self.status}: {self.log_end()}")
             return line in self._said or None
 
-        await eventually(look, START_S)
+        await eventually(look, timeout_s)
 
     async def ended(self, timeout_s: float = STOP_S) -> int:
         async def look() -> int | None:

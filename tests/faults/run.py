@@ -19,7 +19,7 @@ from tests.faults.verdict import Evidence
 from tests.faults.world import World
 from tests.support.gateway import eventually
 
-SERVES_AGAIN_S = 10
+STARTS_S, SERVES_AGAIN_S = 30, 10
 REST_S = 20
 STRIKE_S = 60
 
@@ -31,13 +31,15 @@ async def run(world: World, plan: Plan) -> Evidence:
     await world.begin_run(plan.orders[0].prompt)
     account_id, key = await world.account(plan.credits)
     async with _recovery(world, plan):
-        await world.start_worker(plan.crash_at if plan.kind is Kind.WORKER_POINT else "")
+        world.start_worker(plan.crash_at_first)
+        await world.serves(STARTS_S)
         async with _kept(keep_worker(world, plan, struck)):
             clients = asyncio.ensure_future(send_all(world, key, plan.orders))
             async with asyncio.timeout(STRIKE_S):
                 await strike(world, plan, struck)
                 answers = await clients
             answers += await _serves_again(world, plan, key, trouble)
+            answers += await send_all(world, key, plan.repeats)
         await _stop_worker(world, plan, struck, trouble)
         async with _kept(keep_work(world, plan, struck)):
             await _rest(world, account_id, trouble)
@@ -60,6 +62,7 @@ async def _kept(keeping: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 async def _stop_worker(world: World, plan: Plan, struck: Struck, trouble: list[str]) -> None:
     """It drains; one may still meet its crash point then."""
     assert world.worker is not None
+    await world.serves(STARTS_S)
     status = await world.worker.stop()
     if status == -signal.SIGKILL and plan.kind is Kind.WORKER_POINT and not struck.kills:
         assert plan.point is not None

@@ -4,11 +4,12 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.plan import LEASE_S, Kind, Line, Plan
-from tests.faults.points import Point
 from tests.faults.processes import Child
 from tests.faults.world import World
 from tests.support.faultproxy import FaultProxy, Mode
@@ -18,6 +19,9 @@ LATENCY_S = 0.12
 # A worker that stands still for longer than its holds are its own.
 FROZEN_S = LEASE_S + 2.5
 FOR_EVER_S = 600
+START_AGAIN_S = 0.2
+# Longer than an answer waits for till and book, so that the spool is needed.
+AWAY_S = 2.0
 
 
 @dataclass(kw_only=True)
@@ -26,7 +30,7 @@ class Struck:
 
     kills: list[str] = field(default_factory=list)
     stopped_at: float = 0
-    """When the worker died or stood still for the first time; 0: it did not."""
+    """When the worker died, stood still or lost the till for the first time; 0: it did not."""
 
     def stop(self) -> None:
         self.stopped_at = self.stopped_at or time.monotonic()
@@ -45,6 +49,13 @@ async def strike(world: World, plan: Plan, struck: Struck) -> None:
             await _kill_till(world, struck)
         case Kind.WORKER_POINT if company == "stands-still":
             await _freeze_worker(world, struck)
+        case Kind.WORKER_POINT if company == "both-away":
+            await _both_away(world, struck)
+        case Kind.WORKER_POINT if company == "spooled":
+            async with _away(world, struck):
+                await asyncio.sleep(AWAY_S)
+                _running(world).kill()
+                await _running(world).ended()
         case Kind.WORKER_POINT:
             await asyncio.sleep(plan.fault_for_ms / 1000)
             world.till_line.heal()
@@ -61,15 +72,24 @@ async def keep_worker(world: World, plan: Plan, struck: Struck) -> None:
     while True:
         worker = _running(world)
         status = await worker.ended(FOR_EVER_S)
-        struck.stop()
-        assert status == -signal.SIGKILL, f"status {status}: {worker.log_end()}"
         worker.close()
-        struck.kills.append("worker" if plan.point is None else _name(plan.point))
-        await world.start_worker()
+        if status == 1 and plan.needs_patience:
+            await asyncio.sleep(START_AGAIN_S)  # it cannot begin without the book
+        else:
+            assert status == -signal.SIGKILL, f"status {status}: {worker.log_end()}"
+            struck.stop()
+            struck.kills.append(_name(plan, struck))
+        world.start_worker(plan.crash_at if plan.is_second and len(struck.kills) == 1 else "")
 
 
-def _name(point: Point) -> str:
-    return point.name if point.role == "worker" else "worker, for the sweeper"
+def _name(plan: Plan, struck: Struck) -> str:
+    """What killed it."""
+    point = plan.point
+    if point is None:
+        return "worker"
+    if point.role == "work":
+        return "worker, for the sweeper"
+    return "worker, with a spool" if plan.is_second and not struck.kills else point.name
 
 
 async def keep_work(world: World, plan: Plan, struck: Struck) -> None:
@@ -100,6 +120,8 @@ async def _strike_stores(world: World, plan: Plan, struck: Struck) -> None:
         case Kind.TILL_FLUSHED:
             async with world.till() as till:
                 await till.flushall()
+        case Kind.BOTH_AWAY:
+            await _both_away(world, struck)
         case Kind.BOOK_KILLED:
             struck.kills.append("book")
             await world.restart(world.postgres, world.book_line)
@@ -119,6 +141,24 @@ async def _freeze_worker(world: World, struck: Struck) -> None:
     struck.stop()
     await asyncio.sleep(FROZEN_S)
     worker.kill(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def _away(world: World, struck: Struck) -> AsyncIterator[None]:
+    """Neither till nor book can be reached, so that no checkpoint is written down either."""
+    struck.stop()
+    world.till_line.refuse()
+    world.book_line.refuse()
+    try:
+        yield
+    finally:
+        world.till_line.heal()
+        world.book_line.heal()
+
+
+async def _both_away(world: World, struck: Struck) -> None:
+    async with _away(world, struck):
+        await asyncio.sleep(AWAY_S)
 
 
 async def _kill_till(world: World, struck: Struck) -> None:

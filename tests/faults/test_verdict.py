@@ -58,6 +58,7 @@ def evidence() -> Evidence:
         kind=Kind.WORKER_POINT,
         orders=[whole, open_then],
         later=[],
+        repeats=[],
         credits=1,
         fault_ms=0,
         fault_for_ms=0,
@@ -162,6 +163,18 @@ def overdrawn(seen: Evidence) -> None:
     seen.balance = seen.till_available = -1
 
 
+def done_twice(seen: Evidence) -> None:
+    again = replace(order("again"), prompt="prompt of whole", repeats="whole")
+    told = Answer(order=again, status=200, words=WORDS, is_whole=True, cost_nanos=FULL)
+    seen.answers = [*seen.answers, told]
+    seen.receipts = [*seen.receipts, receipt("again")]
+    seen.ledger_charged += FULL
+
+
+def sent_twice(seen: Evidence) -> None:
+    seen.served = {name: replace(did, times=2) for name, did in seen.served.items()}
+
+
 def told_another_price(seen: Evidence) -> None:
     seen.answers[0].cost_nanos = FULL - 1
 
@@ -183,6 +196,17 @@ def test_what_adds_up_is_no_problem() -> None:
     worst = {why: (loss.worst, loss.bound) for why, loss in verdict.losses.items()}
     at_stake = price(PROMPT, SENT) - RECOVERED
     assert sorted(worst.values()) == [(0, 0), (at_stake, at_stake)]
+
+
+def test_a_free_call_may_be_tried_again_with_its_key() -> None:
+    seen = evidence()
+    again = replace(order("again"), prompt="prompt of refused", repeats="refused")
+    first = replace(again, name="refused", repeats="")
+    seen.answers = [*seen.answers, Answer(order=first), Answer(order=again, status=409)]
+    free = {"price_nanos": 0, "outcome": "voided"}
+    seen.receipts = [*seen.receipts, receipt("refused", **free), receipt("again", **free)]
+
+    assert judge(seen).problems == []
 
 
 def test_an_adjustment_counts_as_paid() -> None:
@@ -209,6 +233,8 @@ def test_an_adjustment_counts_as_paid() -> None:
         (adjusted_too_far, "overcharged", 1),
         (credit_from_nowhere, "minted", 1),
         (overdrawn, "minted", 1),
+        (done_twice, "overcharged", FULL),
+        (sent_twice, "lost", 0),
         (above_the_hold, "lost", 0),
         (two_receipts, "lost", 0),
         (nobodys_receipt, "lost", 0),

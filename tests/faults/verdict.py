@@ -86,8 +86,17 @@ def judge(evidence: Evidence) -> Verdict:
         by_name.setdefault(receipt["client_request_id"], []).append(receipt)
     verdict.receipts = len(evidence.receipts)
     verdict.recovered = sum(r["outcome"] == "recovered" for r in evidence.receipts)
+    again = {a.order.repeats: a for a in evidence.answers if a.order.repeats}
     for answer in evidence.answers:
-        _judge_request(evidence, answer, by_name.pop(answer.order.name, []), verdict)
+        if answer.order.repeats:
+            continue
+        receipts = by_name.pop(answer.order.name, [])
+        repeated = again.get(answer.order.name)
+        if repeated is not None:
+            receipts += by_name.pop(repeated.order.name, [])
+            _judge_repetition(answer, repeated, receipts, verdict)
+        judged = repeated if repeated is not None and repeated.is_whole else answer
+        _judge_request(evidence, judged, receipts, verdict)
     for name in by_name:
         verdict.problems.append(f"receipt of a request that nobody sent: {name}")
     _judge_account(evidence, verdict)
@@ -96,6 +105,21 @@ def judge(evidence: Evidence) -> Verdict:
 
 def price(prompt_tokens: int, words: int) -> int:
     return prompt_tokens * INPUT_NANOS + words * OUTPUT_NANOS
+
+
+def _judge_repetition(
+    first: Answer, repeated: Answer, receipts: list[Mapping[str, Any]], verdict: Verdict
+) -> None:
+    """One key, one call: receipts keeps those that count."""
+    verdict.requests += 1
+    name = repeated.order.name
+    if repeated.trouble:
+        verdict.problems.append(f"{name}: the client saw {repeated.trouble}")
+    if first.is_whole and repeated.status != 409:
+        verdict.problems.append(f"{name}: done before, and answered {repeated.status}")
+    real = [receipt for receipt in receipts if receipt["outcome"] != "voided"]
+    # A call that was free may be tried again; then each try has its own receipt.
+    receipts[:] = real or receipts[:1]
 
 
 def _judge_request(
@@ -108,6 +132,8 @@ def _judge_request(
     if len(receipts) > 1:
         verdict.problems.append(f"{name}: {len(receipts)} receipts")
     did = evidence.served.get(answer.order.prompt)
+    if did is not None and did.times > 1:
+        verdict.problems.append(f"{name}: sent to the provider {did.times} times")
     truth = _truth(evidence, did, receipts)
     if not receipts:
         if did is not None or answer.status == 200:

@@ -56,6 +56,8 @@ SETTINGS: dict[str, object] = {
     "timeouts__drain_s": 0.4,
     "timeouts__write_stall_s": 2.0,
     "server__drain_timeout_s": 10,
+    # The machine is busy, and that is no fault of a run.
+    "limits__loop_lag_max_ms": 2000,
     "log__level": "warning",
 }
 RUNS_PER_BOOK = 25
@@ -67,12 +69,14 @@ class World:
     def __init__(
         self,
         forge: Forge,
+        spool: Path,
         postgres: EmbeddedPostgres,
         valkey: EmbeddedValkey,
         upstream: Upstream,
         proxies: tuple[FaultProxy, FaultProxy, FaultProxy],
     ) -> None:
         self.forge = forge
+        self.spool = spool
         self.postgres = postgres
         self.valkey = valkey
         self.upstream = upstream
@@ -98,7 +102,8 @@ class World:
     def settings(self) -> Settings:
         """The gateway's, whose ways lead through the proxies."""
         provider = _through(self.upstream.base_url, self.provider_line)
-        mine = make_settings(provider, _models(self.prompt_tokens), **SETTINGS)
+        more: dict[str, object] = {**SETTINGS, "book__spool_dir": str(self.spool)}
+        mine = make_settings(provider, _models(self.prompt_tokens), **more)
         book_url = Secret(_through(self.book_url, self.book_line))
         till_url = Secret(_through(self.till_url, self.till_line))
         return msgspec.structs.replace(
@@ -119,19 +124,14 @@ class World:
         self._runs += 1
         await asyncio.to_thread(self.upstream.record)
 
-    async def start_worker(self, crash_at: str = "") -> Child:
+    def start_worker(self, crash_at: str = "") -> Child:
+        """It serves soon; connections wait for it."""
         self.worker = self.forge.launch(
             "worker",
             stdin=encode_settings(self.settings()),
             kept=[self.sock.fileno()],
             crash_at=crash_at,
         )
-        try:
-            await self.worker.said(READY)
-        except NotStarted:
-            # One may meet its crash point while it starts; anything else is a failure.
-            if self.worker.status != -signal.SIGKILL:
-                raise
         return self.worker
 
     async def start_work(self, crash_at: str = "") -> Child:
@@ -141,6 +141,15 @@ class World:
         )
         await self.work.said(READY)
         return self.work
+
+    async def serves(self, timeout_s: float) -> None:
+        """Wait until the worker serves, or met its crash point before that."""
+        assert self.worker is not None
+        try:
+            await self.worker.said(READY, timeout_s)
+        except NotStarted:
+            if self.worker.status != -signal.SIGKILL:
+                raise
 
     async def stop(self) -> None:
         for child in (self.worker, self.work):
@@ -208,8 +217,12 @@ def _models(prompt_tokens: int) -> dict[str, dict[str, object]]:
         comma = "," if ":" in model.mode else ":"
         return f"{model.mode}{comma}prompt={prompt_tokens}"
 
+    def routes(model: Model) -> list[dict[str, str]]:
+        names = [model.fails_first, mode(model)] if model.fails_first else [mode(model)]
+        return [{"provider": "zoo", "model": name} for name in names]
+
     return {
-        model.name: zoo_model(mode(model), output_tokens_max=OUTPUT_TOKENS_MAX)
+        model.name: zoo_model("", routes=routes(model), output_tokens_max=OUTPUT_TOKENS_MAX)
         for model in MODELS.values()
     }
 
@@ -243,6 +256,7 @@ async def running_world(folder: Path, upstream: Upstream) -> AsyncIterator[World
             await server.start()
         urls = (valkey.url, postgres.url, upstream.base_url)
         proxies = [(await stack.enter_async_context(running_proxy(url)))[0] for url in urls]
-        world = World(forge, postgres, valkey, upstream, (proxies[0], proxies[1], proxies[2]))
+        lines = (proxies[0], proxies[1], proxies[2])
+        world = World(forge, folder / "spool", postgres, valkey, upstream, lines)
         stack.push_async_callback(world.stop)
         yield world
