@@ -65,7 +65,7 @@ async def admit(services: Services, call: Call) -> None:
 
 def prompt_least(facts: CallFacts) -> int:
     """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
-    around = len(facts.body) - len(bytes(facts.fields.get("messages", b"")))
+    around = len(facts.body) - memoryview(facts.fields.get("messages", b"")).nbytes
     return max((facts.text_bytes - around) // BYTES_PER_TOKEN_MOST, 1)
 
 
