@@ -1,14 +1,19 @@
 """Many runs, one after the other, and the table of what they showed."""
 
+import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tests.faults.plan import draw
 from tests.faults.points import POINTS
+from tests.faults.processes import NotStarted
 from tests.faults.run import run
 from tests.faults.verdict import Evidence, Loss, Verdict, judge
 from tests.faults.world import World
+
+RUN_S = 120
 
 
 @dataclass(kw_only=True)
@@ -70,7 +75,14 @@ async def campaign(
     tally = Tally(seed=seed)
     for number in numbers:
         plan = draw(seed, number)
-        evidence = await run(world, plan)
+        try:
+            async with asyncio.timeout(RUN_S):
+                evidence = await run(world, plan)
+        except (TimeoutError, AssertionError, NotStarted, OSError, ExceptionGroup) as exc:
+            tally.fail(number, plan.fault, traceback.format_exception(exc))
+            tell(f"run {number}: {plan.fault}: did not come to its end")
+            await world.reset()
+            continue
         tally.passed.update(world.forge.hit_counts())
         verdict = judge(evidence)
         tally.add(evidence, verdict)

@@ -10,6 +10,7 @@ When a process ends its status is written into the file EXITS/PID; all end when 
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -36,9 +37,19 @@ def main(descriptor: int, exits: Path) -> None:
 
     count_tokens("the tokenizer is read once, too")
     orders = socket.socket(fileno=descriptor)
-    signal.signal(signal.SIGCHLD, lambda *_: _reap(exits))
+    # A signal may come just before a call that blocks: only a descriptor is never missed.
+    awake, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     orders.send(b"ready")
     while True:
+        ready, _, _ = select.select([orders, awake], [], [])
+        if awake in ready:
+            awake.recv(4096)
+            _reap(exits)
+        if orders not in ready:
+            continue
         order, descriptors, _, _ = socket.recv_fds(orders, ORDER_BYTES_MAX, DESCRIPTORS_MAX)
         if not order:
             return
@@ -64,6 +75,7 @@ def _reap(exits: Path) -> None:
 
 def _become(order: dict[str, Any], descriptors: list[int]) -> int:
     """Be that process to its end; its exit status."""
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _die_with_parent(signal.SIGKILL)
     os.setsid()

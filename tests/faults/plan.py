@@ -72,8 +72,8 @@ PROMPT_WORDS = 12
 LEASE_S, RENEW_S = 1, 0.4
 STARTS_MS = 700
 FIRST_LATER, LATER_MAX = 800, 40
-FAULT_MS, COMPANY_MS = (60, 900), (250, 550)
-CREDITS_POOR, CREDITS_RICH = 12, 1000
+FAULT_MS, COMPANY_MS = (60, 1800), (250, 550)
+CREDITS_POOR, CREDITS_RICH = 16, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ MODELS = {
         Model(name="quick", mode="plain:tokens=12", weight=8),
         Model(name="late", mode="plain:tokens=16,delay_ms=350", weight=3),
         Model(name="slow", mode="plain:tokens=40,chunk_delay_ms=18", weight=6),
-        Model(name="long", mode="plain:tokens=110,chunk_delay_ms=15", weight=3),
+        Model(name="long", mode="plain:tokens=160,chunk_delay_ms=15", weight=3),
         Model(name="silent", mode="no-usage:tokens=20,chunk_delay_ms=8", weight=3),
         Model(name="beyond", mode="above-max-tokens:tokens=30", weight=1),
         Model(name="broken", mode="cut:tokens=30,after=9,chunk_delay_ms=12", weight=2,
@@ -167,12 +167,17 @@ class Plan:
     @property
     def crash_at_first(self) -> str:
         """For the run's first worker; who finds what it left may be the one that dies."""
-        if self.kind is not Kind.WORKER_POINT or self.is_second:
+        if self.kind is not Kind.WORKER_POINT or self.dies_second:
             return ""
         return self.crash_at
 
     @property
-    def is_second(self) -> bool:
+    def has_second(self) -> bool:
+        """Whether another worker serves beside; where one is to die it gets all the work."""
+        return self.kind is not Kind.WORKER_POINT
+
+    @property
+    def dies_second(self) -> bool:
         """Whether the second worker of the run is the one that dies at its crash point."""
         return self.point is not None and self.point.company == "spooled"
 

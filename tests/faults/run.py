@@ -12,6 +12,7 @@ from billing.audit_report import Report
 from billing.till import account_scope_key, shard_prefix
 from billing.till_scan import open_till
 from config.ids import id_text
+from gateway.supervisor import READY
 from tests.faults.clients import Answer, send, send_all, served
 from tests.faults.plan import CREDITS_POOR, Kind, Plan
 from tests.faults.strike import Struck, keep_work, keep_worker, strike
@@ -32,15 +33,18 @@ async def run(world: World, plan: Plan) -> Evidence:
     account_id, key = await world.account(plan.credits)
     async with _recovery(world, plan):
         world.start_worker(plan.crash_at_first)
+        if plan.has_second:
+            await world.start_second().said(READY)
         await world.serves(STARTS_S)
         async with _kept(keep_worker(world, plan, struck)):
-            clients = asyncio.ensure_future(send_all(world, key, plan.orders))
-            async with asyncio.timeout(STRIKE_S):
-                await strike(world, plan, struck)
-                answers = await clients
+            async with asyncio.timeout(STRIKE_S), asyncio.TaskGroup() as group:
+                clients = group.create_task(send_all(world, key, plan.orders))
+                group.create_task(strike(world, plan, struck))
+            answers = clients.result()
             answers += await _serves_again(world, plan, key, trouble)
             answers += await send_all(world, key, plan.repeats)
         await _stop_worker(world, plan, struck, trouble)
+        await _stop_second(world, trouble)
         async with _kept(keep_work(world, plan, struck)):
             await _rest(world, account_id, trouble)
         return await _evidence(world, plan, struck, answers, account_id, trouble)
@@ -70,6 +74,12 @@ async def _stop_worker(world: World, plan: Plan, struck: Struck, trouble: list[s
         struck.stop()
     elif status != 0:
         trouble.append(f"the worker ended with {status}: {world.worker.log_end()}")
+
+
+async def _stop_second(world: World, trouble: list[str]) -> None:
+    second, world.second = world.second, None
+    if second is not None and (status := await second.stop()) != 0:
+        trouble.append(f"the second worker ended with {status}: {second.log_end()}")
 
 
 @asynccontextmanager

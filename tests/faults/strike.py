@@ -79,7 +79,7 @@ async def keep_worker(world: World, plan: Plan, struck: Struck) -> None:
             assert status == -signal.SIGKILL, f"status {status}: {worker.log_end()}"
             struck.stop()
             struck.kills.append(_name(plan, struck))
-        world.start_worker(plan.crash_at if plan.is_second and len(struck.kills) == 1 else "")
+        world.start_worker(plan.crash_at if plan.dies_second and len(struck.kills) == 1 else "")
 
 
 def _name(plan: Plan, struck: Struck) -> str:
@@ -89,7 +89,7 @@ def _name(plan: Plan, struck: Struck) -> str:
         return "worker"
     if point.role == "work":
         return "worker, for the sweeper"
-    return "worker, with a spool" if plan.is_second and not struck.kills else point.name
+    return "worker, with a spool" if plan.dies_second and not struck.kills else point.name
 
 
 async def keep_work(world: World, plan: Plan, struck: Struck) -> None:

@@ -115,7 +115,8 @@ def _judge_repetition(
     name = repeated.order.name
     if repeated.trouble:
         verdict.problems.append(f"{name}: the client saw {repeated.trouble}")
-    if first.is_whole and repeated.status != 409:
+    # None at all: another worker died just then.
+    if first.is_whole and repeated.status not in {0, 409}:
         verdict.problems.append(f"{name}: done before, and answered {repeated.status}")
     real = [receipt for receipt in receipts if receipt["outcome"] != "voided"]
     # A call that was free may be tried again; then each try has its own receipt.

@@ -42,7 +42,7 @@ from tests.support.upstream.launch import Upstream
 
 # What it may lose is decided by processes that are killed, never by a machine that stops.
 FAST = {"fsync": "off", "synchronous_commit": "on", "full_page_writes": "off"}
-OUTPUT_TOKENS_MAX = 128
+OUTPUT_TOKENS_MAX = 200
 # A slow machine must not look like a fault: what is waited for in vain is short, the rest is not.
 SETTINGS: dict[str, object] = {
     "till__hold_lease_s": LEASE_S,
@@ -84,6 +84,7 @@ class World:
         self.sock = listen("127.0.0.1", 0)
         self.origin = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.worker: Child | None = None
+        self.second: Child | None = None
         self.work: Child | None = None
         self.prompt_tokens = 0
         self._books = 0
@@ -126,13 +127,21 @@ class World:
 
     def start_worker(self, crash_at: str = "") -> Child:
         """It serves soon; connections wait for it."""
-        self.worker = self.forge.launch(
+        self.worker = self._launch_worker(crash_at)
+        return self.worker
+
+    def start_second(self) -> Child:
+        """Another worker on the same port, which no fault is meant for."""
+        self.second = self._launch_worker("")
+        return self.second
+
+    def _launch_worker(self, crash_at: str) -> Child:
+        return self.forge.launch(
             "worker",
             stdin=encode_settings(self.settings()),
             kept=[self.sock.fileno()],
             crash_at=crash_at,
         )
-        return self.worker
 
     async def start_work(self, crash_at: str = "") -> Child:
         """The process that ends what others left: `farebox work`."""
@@ -151,8 +160,16 @@ class World:
             if self.worker.status != -signal.SIGKILL:
                 raise
 
+    async def reset(self) -> None:
+        """After a run that did not come to its end: nothing of it goes on."""
+        for child in (self.worker, self.second, self.work):
+            if child is not None:
+                child.kill()
+                await child.stop()
+        self.worker = self.second = self.work = None
+
     async def stop(self) -> None:
-        for child in (self.worker, self.work):
+        for child in (self.worker, self.second, self.work):
             if child is not None:
                 await child.stop()
         self.sock.close()
