@@ -109,6 +109,8 @@ class Limits(Table, frozen=True, kw_only=True):
     open_requests_per_worker: Positive = 1000
     drain_bytes_max: Positive = 64 * KIB
     drains_max: Positive = 200
+    stream_window_tokens: NotNegative = 4096
+    output_tokens_min: Positive = 256
 
 
 class Timeouts(Table, frozen=True, kw_only=True):
@@ -180,6 +182,7 @@ class Model(Table, frozen=True, kw_only=True):
     context_tokens: Positive = 128_000
     output_tokens_max: Positive = 16_384
     image_tokens_max: NotNegative = 0
+    stream_window_tokens: NotNegative | None = None
     owned_by: Text = "farebox"
 
 

@@ -57,6 +57,11 @@ def _route(
         output_tokens_max=model.output_tokens_max,
         context_tokens=model.context_tokens,
         image_tokens_max=model.image_tokens_max,
+        stream_window_tokens=(
+            settings.limits.stream_window_tokens
+            if model.stream_window_tokens is None
+            else model.stream_window_tokens
+        ),
         first_byte_timeout_s=(
             provider.first_byte_timeout_s or settings.timeouts.upstream_first_byte_s
         ),

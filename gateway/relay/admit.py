@@ -5,21 +5,22 @@ import time
 from billing.errors import (
     AccountUnknown,
     BookUnavailable,
+    InsufficientCredit,
     ReceiptsPending,
     Refusal,
     TillUnavailable,
 )
 from billing.prices import Rates
-from billing.quote import hold_for, input_ceiling
 from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
 from gateway.protocols.facts import CallFacts
+from gateway.relay.afford import BYTES_PER_TOKEN_MOST, bound_prompt, fit, size_hold
 from gateway.relay.call import Arrival, Call, Caller, ModelRoute
 from gateway.services import Services
 
-# Text has hardly ever more bytes for each token than this; English has some four and a half.
-BYTES_PER_TOKEN_MOST = 8
+# What is available may change between a refusal and the next try.
+FIT_TRIES = 3
 
 
 def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
@@ -41,8 +42,23 @@ def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFac
 async def admit(services: Services, call: Call) -> None:
     """Place the hold. Raises a BillingError; the call is then open if the till may have the hold.
 
-    An open call must be ended, whatever the till said or did not say.
+    An open call must be ended, whatever the till said or did not say. A call that costs more than
+    what is available is made to fit, when that leaves something useful.
     """
+    for _ in range(FIT_TRIES):
+        try:
+            await _place(services, call)
+            return
+        except InsufficientCredit as exc:
+            available, limits = exc.available_nanos, services.settings.limits
+            if not await fit(call, available, limits.output_tokens_min, services.counter):
+                raise InsufficientCredit(
+                    needed_nanos=call.hold_nanos, available_nanos=available
+                ) from exc
+    await _place(services, call)
+
+
+async def _place(services: Services, call: Call) -> None:
     receipt = call.open_receipt(Outcome.RECOVERED)
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
     receipt.input_tokens = call.facts.text_bytes // BYTES_PER_TOKEN_MOST + 1
@@ -60,11 +76,9 @@ async def admit(services: Services, call: Call) -> None:
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:
-    facts, route = call.facts, call.route
-    call.input_ceiling = input_ceiling(facts.text_bytes, facts.image_parts, route.image_tokens_max)
-    output_tokens = facts.output_tokens or route.output_tokens_max
-    call.output_max = (output_tokens + facts.extra_output_tokens) * facts.choices
-    rates = call.rates
+    facts, route, rates = call.facts, call.route, call.rates
+    bound_prompt(call)
+    call.output_max = (call.output_tokens + facts.extra_output_tokens) * facts.choices
     if rates is None:
         if not unpriced_is_free:
             message = f"The model '{facts.model}' has no price, so it cannot be used yet."
@@ -72,7 +86,7 @@ def _size_hold(call: Call, unpriced_is_free: bool) -> None:
         return
     if facts.image_parts or facts.audio_output:
         _refuse_unpriced(facts, route, rates)
-    call.hold_nanos = hold_for(call.input_ceiling, call.output_max, rates, route.markup_bps)
+    size_hold(call, rates)
 
 
 def _refuse_unpriced(facts: CallFacts, route: ModelRoute, rates: Rates) -> None:

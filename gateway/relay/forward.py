@@ -44,7 +44,7 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
     request = UpstreamRequest(
         path=CHAT_PATH,
         model=call.route.upstream_model,
-        body=upstream_body(call.facts, call.route.upstream_model),
+        body=upstream_body(call.facts, call.route.upstream_model, call.lowered_to),
         stream=call.facts.stream,
         request_id=call.request_id,
     )
