@@ -8,6 +8,7 @@ the operator's risk: up to the most that the request may cost, and no longer tha
 """
 
 import asyncio
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from billing.errors import BillingError
@@ -58,8 +59,9 @@ class Growth:
 
         pieces: the last of what came, not delivered yet.
         """
-        if any(piece.kind is not PieceKind.PLAIN for piece in pieces):
-            return pieces  # the answer ends here, and its usage says what it costs
+        kinds = [piece.kind for piece in pieces]
+        if kinds[0] is not PieceKind.PLAIN or PieceKind.ERROR in kinds:
+            return pieces
         self._seen.fold()
         tokens = self._tokens_most()
         if tokens > self._place(HALF):
@@ -125,22 +127,25 @@ class Growth:
         wanted = call.wanted_nanos
         for _ in range(ASKS_MAX):
             available = await ask(till, call, wanted)
-            if available is None:
-                return  # granted; or there was no answer
-            await count_prompt(call, self._reply.services.counter)
-            if tokens <= self._covered():
+            if available is None and call.hold_nanos < wanted:
+                return  # no answer
+            if available is not None:
+                await count_prompt(call, self._reply.services.counter)
+            covered = self._covered()
+            if tokens <= covered or call.hold_nanos >= call.hold_max_nanos:
                 return
-            if await till.refresh(call.caller.scopes.account_id):
+            wanted = call.wanted_nanos
+            if available is None or await till.refresh(call.caller.scopes.account_id):
                 continue
-            wanted = min(call.wanted_nanos, call.hold_nanos + available)
-            if wanted < self._hold_for(tokens + max(self._window // PIECE, 1)):
+            wanted = min(wanted, call.hold_nanos + available)
+            if wanted < self._hold_for(covered + max(self._window // PIECE, 1)):
                 break
         self.is_exhausted = True
 
     def _plan(self, tokens: int) -> None:
         """Look again before the next place can be reached, if the text goes on as it did."""
         call, seen = self._call, self._seen
-        stream, text = seen.bytes - self._looked_at, max(seen.text_size - self._looked_text, 1)
+        stream, text = seen.bytes - self._looked_at, seen.text_size - self._looked_text
         self._looked_at, self._looked_text = seen.bytes, seen.text_size
         if call.hold_nanos >= call.hold_max_nanos:
             self.look_at = NEVER
@@ -149,8 +154,10 @@ class Growth:
         progress = self._reply.progress
         if progress.text_bytes:
             room = max(room, room * progress.text_bytes // (2 * progress.tokens + 1))
-        step = min(max(room * stream // text, room), LOOK_BYTES_MAX)
-        self.look_at = seen.bytes + max(step, 1)
+        if text > 0:
+            # Not far on the word of a few frames: the next may carry much more.
+            room = max(room, min(room * stream // text, 4 * seen.bytes, LOOK_BYTES_MAX))
+        self.look_at = seen.bytes + max(room, 1)
 
     def _room(self, tokens: int) -> int:
         """How many tokens may come before there is something to do."""
@@ -162,7 +169,8 @@ class Growth:
 
     def _cut(self, pieces: list[Piece], excess: int) -> list[Piece]:
         """The first of these frames, without as many tokens at their end."""
-        frames = [frame for piece in pieces for frame in sse.split_frames(piece.data)]
+        plain = takewhile(lambda piece: piece.kind is PieceKind.PLAIN, pieces)
+        frames = [frame for piece in plain for frame in sse.split_frames(piece.data)]
         chars, seen = 0, self._seen
         while frames and excess > 0:
             frame = frames.pop()
@@ -185,8 +193,13 @@ async def ask(till: Till, call: Call, wanted_nanos: int) -> int | None:
         hold_nanos=max(wanted_nanos, call.hold_nanos),
         is_forwarded=call.is_sent,
     )
+    scopes = call.caller.scopes
     try:
-        status, held, available = await till.renew(call.caller.scopes, renewal)
+        status, held, available = await till.renew(scopes, renewal)
+        if status == b"wait" and till.epoch.is_known:
+            # The till lost its content, and nobody has asked for this account since.
+            await till.seed_from_book(scopes.account_id)
+            status, held, available = await till.renew(scopes, renewal)
     except BillingError:
         return None
     call.take_over(held)

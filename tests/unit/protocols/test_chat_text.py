@@ -59,7 +59,8 @@ SHAPES = {
     "no UTF-8": [WORDS[0], WORDS[1].replace(b"two", b"\xff\xfe"), WORDS[2]],
     "half a character": [WORDS[0], frame({"content": "\ud83d"}), WORDS[2]],
     "a key twice": [
-        frame({"content": w}).replace(b'"index"', b'"delta":{"content":"not"},"index"') for w in "ab"
+        frame({"content": w}).replace(b'"index"', b'"delta":{"content":"not"},"index"')
+        for w in "ab"
     ],
     "a name used elsewhere": [frame({"content": w}, note={"content": w}) for w in "ab"]
     + [b'data: {"note":{"content":"no"},"choices":[{"delta":{"content":"yes"}}]}\n\n'] * 2,
@@ -101,7 +102,9 @@ def test_any_mixture_is_read_as_one_by_one(frames: list[bytes], middle: int) -> 
     assert at_once(texts, second) == one_by_one(second)
 
 
-@pytest.mark.parametrize("shape", ["plain", "spaced", "usage null", "padded", "reasoning", "escapes"])
+@pytest.mark.parametrize(
+    "shape", ["plain", "spaced", "usage null", "padded", "reasoning", "escapes"]
+)
 def test_frames_that_are_alike_are_not_parsed(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
 
