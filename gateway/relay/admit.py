@@ -39,26 +39,12 @@ def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFac
     return call
 
 
-async def admit(services: Services, call: Call) -> None:
+async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
     """Place the hold. Raises a BillingError; the call is then open if the till may have the hold.
 
     An open call must be ended, whatever the till said or did not say. A call that costs more than
-    what is available is made to fit, when that leaves something useful.
+    what is available is made to fit, if that leaves something useful.
     """
-    for _ in range(FIT_TRIES):
-        try:
-            await _place(services, call)
-            return
-        except InsufficientCredit as exc:
-            available, limits = exc.available_nanos, services.settings.limits
-            if not await fit(call, available, limits.output_tokens_min, services.counter):
-                raise InsufficientCredit(
-                    needed_nanos=call.hold_nanos, available_nanos=available
-                ) from exc
-    await _place(services, call)
-
-
-async def _place(services: Services, call: Call) -> None:
     receipt = call.open_receipt(Outcome.RECOVERED)
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
     receipt.input_tokens = call.facts.text_bytes // BYTES_PER_TOKEN_MOST + 1
@@ -66,6 +52,9 @@ async def _place(services: Services, call: Call) -> None:
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
+    except InsufficientCredit as exc:
+        call.is_open = False
+        await _fit(services, call, exc.available_nanos, tries)
     except (Refusal, AccountUnknown, BookUnavailable):
         call.is_open = False
         raise
@@ -73,6 +62,15 @@ async def _place(services: Services, call: Call) -> None:
         # What never left this process cannot be held: a till that is down costs no receipts.
         call.is_open = exc.asked
         raise
+
+
+async def _fit(services: Services, call: Call, available_nanos: int, tries: int) -> None:
+    """Admit what can be paid of a call, or refuse it with what it needs as it was asked for."""
+    output_min = services.settings.limits.output_tokens_min
+    fits = await fit(call, available_nanos, output_min, services.counter)
+    if not fits or not tries:
+        raise InsufficientCredit(needed_nanos=call.hold_nanos, available_nanos=available_nanos)
+    await admit(services, call, tries - 1)
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:

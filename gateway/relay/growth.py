@@ -1,7 +1,7 @@
 """How far a stream may go on what is held for it, and the next window of hold in time.
 
 Nothing is done for a chunk but one comparison: `look_at` says at how many bytes of the stream it
-is looked at again. A look bounds the tokens by the bytes of the text, and counts them only near
+is looked at again. A glance bounds the tokens by the bytes of the text; they are counted only near
 the places where something has to happen: half of the last window, three quarters, the end.
 Failure: a till that does not answer is asked again at every look. Meanwhile the stream goes on, at
 the operator's risk: up to the most that the request may cost, and no longer than a request takes.
@@ -54,20 +54,26 @@ class Growth:
             # No text has more tokens than the frames that bring it have bytes.
             self.look_at = max(self._window // HALF, 1)
 
+    def glance(self) -> bool:
+        """Look at what came; True when the stream may go on for a while without a `look`."""
+        self._seen.fold()
+        tokens = self._tokens_most()
+        if tokens > self._place(HALF):
+            return False
+        self._plan(tokens)
+        return True
+
     async def look(self, pieces: list[Piece]) -> list[Piece]:
         """What of these pieces may be delivered: all of them, unless the stream is at its end.
 
         pieces: the last of what came, not delivered yet.
         """
         kinds = [piece.kind for piece in pieces]
-        if kinds[0] is not PieceKind.PLAIN or PieceKind.ERROR in kinds:
+        if kinds[0] is not PieceKind.PLAIN or PieceKind.ERROR in kinds or self.glance():
             return pieces
-        self._seen.fold()
+        await self._count()
         tokens = self._tokens_most()
-        if tokens > self._place(HALF):
-            await self._count()
-            tokens = self._tokens_most()
-            await self._want_more(tokens)
+        await self._want_more(tokens)
         if self.is_exhausted:
             return self._cut(pieces, tokens - self._covered())
         self._plan(tokens)

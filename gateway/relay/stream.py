@@ -105,7 +105,7 @@ class _StreamRelay:
             call.first_byte_at = time.time()
             call.upstream_wait_s += self.last_at - self.began_at
         if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
-            if self.seen.bytes < self.growth.look_at:
+            if self.seen.bytes < self.growth.look_at or self.growth.glance():
                 exchange.write(chunk)
                 return not exchange.is_blocked
             self.pieces = [Piece(PieceKind.PLAIN, chunk)]

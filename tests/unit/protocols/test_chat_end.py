@@ -12,7 +12,7 @@ def read(frames: bytes) -> list[dict[str, object]]:
 
 
 def test_each_choice_that_is_cut_off_has_a_frame_of_its_own() -> None:
-    choice = {"delta": {}, "logprobs": None, "finish_reason": "length"}
+    choice: dict[str, object] = {"delta": {}, "logprobs": None, "finish_reason": "length"}
     common = {"id": "c1", "object": "chat.completion.chunk", "created": 7, "model": "m"}
 
     assert read(length_frames(ENVELOPE, [0, 2], wants_usage=False)) == [
