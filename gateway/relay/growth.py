@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from billing.errors import BillingError
 from billing.quote import hold_for, output_covered
 from billing.till import Renewal, Till
-from billing.tokens import CHARS_PER_TOKEN, count_tokens
+from billing.tokens import CHARS_PER_TOKEN, count_tokens, is_ready
 from gateway.protocols import sse
-from gateway.protocols.chat_answer import texts_in
+from gateway.protocols.chat_answer import read_answer, texts_in
 from gateway.protocols.chat_end import finished_choices
 from gateway.relay.afford import count_prompt
 from gateway.relay.call import Call
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 NEVER = 2**62
 # Between two looks: should the stream suddenly carry more text in its bytes than until now.
 LOOK_BYTES_MAX = 32 * 1024
-# Counted at once: a thread would take longer.
-SHORT_CHARS = 256
+# Counted at once: going to a thread and back takes about as long.
+SHORT_CHARS = 1024
 # What is available may change between two answers of the till.
 ASKS_MAX = 4
 # Parts of a window. Less credit than the smallest is not worth going on for.
@@ -113,7 +113,7 @@ class Growth:
         """Count the text that no checkpoint has counted yet."""
         progress = self._reply.progress
         part = progress.uncounted(self._seen)
-        if len(part.text) <= SHORT_CHARS:
+        if len(part.text) <= SHORT_CHARS and is_ready():
             tokens = count_tokens(part.text)
         else:
             tokens = await asyncio.to_thread(count_tokens, part.text)
@@ -178,15 +178,25 @@ class Growth:
         plain = takewhile(lambda piece: piece.kind is PieceKind.PLAIN, pieces)
         frames = [frame for piece in plain for frame in sse.split_frames(piece.data)]
         chars, seen = 0, self._seen
-        while frames and excess > 0:
-            frame = frames.pop()
-            text = "".join(texts_in(sse.payload_of(frame)))
+        while frames and excess > 0 and (text := _text_of(frames[-1])) is not None:
             excess -= count_tokens(text)
             chars += len(text)
             # What finished in a frame that is not delivered is not finished for the client.
-            seen.finished = seen.finished.difference(finished_choices(frame))
+            seen.finished = seen.finished.difference(finished_choices(frames.pop()))
         seen.cut(chars)
         return [Piece(PieceKind.PLAIN, b"".join(frames))] if frames else []
+
+
+def _text_of(frame: bytes) -> str | None:
+    """The text that a frame has added; None for the rest of one that was delivered in part."""
+    payload = sse.payload_of(frame)
+    if read_answer(payload) is not None:
+        return "".join(texts_in(payload))
+    if frame.startswith(b"data:"):
+        # The beginning of a frame that is too long to be held back counts as it stands.
+        return "" if frame.endswith(b"\n") else frame.decode(errors="replace")
+    line = frame.strip(b"\r\n")
+    return "" if not line or line.startswith(b":") else None
 
 
 async def ask(till: Till, call: Call, wanted_nanos: int) -> int | None:

@@ -38,13 +38,16 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 __all__ = ["OVERRIDES"]
 
 SLOW = "plain:prompt=20,tokens=300,chunk_delay_ms=4"
+SLOWER = "plain:prompt=20,tokens=60,chunk_delay_ms=25"
 FAST = "plain:prompt=20,tokens=4000,batch=100,chunk_delay_ms=1"
 RUSH = "plain:prompt=20,tokens=3000,chunk_delay_ms=0"
 UNSEEN = "plain:prompt=20,tokens=10,reasoning=300,chunk_delay_ms=1"
 WHOLE = "json-for-sse:prompt=20,tokens=300"
 ONE_BYTE = "one-byte:prompt=20,tokens=130"
+HUGE = "big-frame:prompt=20,bytes=1000000"
 LONG = "plain:prompt=20,tokens=300,batch=300"
-MODELS = zoo(SLOW, UNSEEN, WHOLE, LONG) | zoo(FAST, RUSH, ONE_BYTE, output_tokens_max=4000)
+MODELS = zoo(SLOW, SLOWER, UNSEEN, WHOLE, LONG) | zoo(FAST, RUSH, ONE_BYTE, output_tokens_max=4000)
+MODELS |= zoo(HUGE, output_tokens_max=400_000)
 MODELS |= {"at-once": {**MODELS[public_id(SLOW)], "stream_window_tokens": 0}}
 USAGE = {"include_usage": True}
 
@@ -78,6 +81,24 @@ async def test_a_stream_begins_with_a_window_and_holds_no_more_than_it_may_cost(
     assert receipt["price_nanos"] <= receipt["hold_nanos"] < call.hold_max_nanos
     await client.aclose()
     await assert_clean(relay, valkey_url)
+
+
+async def test_a_stream_that_is_slow_enough_grows_by_its_renewals(
+    relay: Relay, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    async def never(*args: object) -> None:
+        asked.append(args)
+
+    monkeypatch.setattr("gateway.relay.growth.ask", never)
+    answer = asyncio.ensure_future(stream(relay, key, SLOWER))
+    reply = await reply_of(relay)
+    first = reply.call.hold_nanos
+    await answer
+
+    assert reply.call.hold_nanos >= first + WINDOW // 2 * PER_OUTPUT
+    assert asked == []
 
 
 @pytest.mark.parametrize(("model", "is_streamed"), [(SLOW, False), ("at-once", True)])
@@ -163,6 +184,20 @@ async def test_of_a_chunk_that_cannot_be_paid_nothing_is_delivered_or_charged(
     assert text_of(frames) == ""
     assert receipt["output_tokens"] == 0
     assert receipt["price_nanos"] == receipt["input_tokens"] * PER_INPUT
+    await assert_clean(relay, valkey_url)
+
+
+async def test_a_frame_that_is_too_long_to_be_held_back_is_not_begun(
+    relay: Relay, valkey_url: str
+) -> None:
+    key = await relay.key(can_pay(HUGE, 80))
+    frames = frames_of(await stream(relay, key, HUGE))
+    receipt = await relay.only_receipt(key)
+
+    assert finishes(frames) == {0: "length"}
+    assert text_of(frames) == ""
+    assert receipt["output_tokens"] == 0
+    assert receipt["outcome"] == "credit_exhausted"
     await assert_clean(relay, valkey_url)
 
 
