@@ -63,7 +63,7 @@ async def fit(call: Call, available_nanos: int, output_min: int, counter: TokenC
     rates, asked = call.rates, call.output_asked
     if rates is None:
         return False
-    call.output_tokens = asked
+    call.output_tokens, call.lowered_to = asked, None
     least = min(output_min, asked)
     # A count is worth its time only if it may help.
     surely = call.facts.text_bytes // BYTES_PER_TOKEN_MOST
@@ -71,7 +71,7 @@ async def fit(call: Call, available_nanos: int, output_min: int, counter: TokenC
         await count_prompt(call, counter)
     affords = _affords(call, rates, available_nanos, call.input_ceiling)
     if least <= affords < _first_window(call):
-        call.output_tokens = affords
+        call.output_tokens = call.lowered_to = affords
     size_hold(call, rates)
     return affords >= least
 

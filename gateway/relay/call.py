@@ -103,6 +103,7 @@ class Call:
         "is_open",
         "is_sent",
         "is_taken",
+        "lowered_to",
         "output_max",
         "output_tokens",
         "price",
@@ -136,6 +137,8 @@ class Call:
         """Whether the ceiling rests on a count of the tokens instead of the bytes."""
         self.output_tokens = facts.output_tokens or route.output_tokens_max
         """What one choice may have: as asked for, or lowered to what can be paid."""
+        self.lowered_to: int | None = None
+        """The same, when it was lowered."""
         self.output_max = 0
         self.is_open = False
         self.is_sent = False
@@ -160,11 +163,6 @@ class Call:
     def output_asked(self) -> int:
         """The output tokens of one choice that the client asked for."""
         return self.facts.output_tokens or self.route.output_tokens_max
-
-    @property
-    def lowered_to(self) -> int | None:
-        """The output tokens of one choice when fewer were asked of the provider."""
-        return self.output_tokens if self.output_tokens < self.output_asked else None
 
     def take_over(self, held_nanos: int) -> None:
         """The till holds that much for this call. It is never told to hold less."""

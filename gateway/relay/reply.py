@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from decimal import Decimal
+from functools import cached_property
 
 from billing.receipts import Outcome
 from billing.settler import Settled
@@ -56,7 +57,11 @@ class Reply:
         self._is_draining = False
         self._is_cut_off = False
         self.renewed_at = services.dogs.now()
-        self.progress = Progress(call)
+
+    @cached_property
+    def progress(self) -> Progress:
+        """What was counted of the answer: most requests are over before anybody counts."""
+        return Progress(self.call)
 
     async def __call__(self, exchange: Exchange) -> None:
         timeouts = self.services.settings.timeouts
@@ -189,16 +194,12 @@ class Reply:
         overhead_s = max(spent_s - call.upstream_wait_s, 0)
         self.services.metrics.overhead.observe(overhead_s)
         request_id = call.request_id.encode()
-        return [
+        headers: list[Header] = [
             (b"x-request-id", b"req_" + request_id),
             (b"x-receipt-id", b"rcpt_" + request_id),
             (b"x-farebox-overhead-ms", b"%.2f" % (overhead_s * 1000)),
-            *_lowered(call),
             *CORS,
         ]
-
-
-def _lowered(call: Call) -> list[Header]:
-    """Says that fewer tokens were asked for than the client wanted."""
-    lowered_to = call.lowered_to
-    return [] if lowered_to is None else [(b"x-farebox-max-tokens", b"%d" % lowered_to)]
+        if call.lowered_to is not None:
+            headers.append((b"x-farebox-max-tokens", b"%d" % call.lowered_to))
+        return headers

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 __all__ = ["OVERRIDES"]
 
 SLOW = "plain:prompt=20,tokens=300,chunk_delay_ms=4"
-SLOWER = "plain:prompt=20,tokens=60,chunk_delay_ms=25"
+SLOWER = "plain:prompt=20,tokens=60,chunk_delay_ms=50"
 FAST = "plain:prompt=20,tokens=4000,batch=100,chunk_delay_ms=1"
 RUSH = "plain:prompt=20,tokens=3000,chunk_delay_ms=0"
 UNSEEN = "plain:prompt=20,tokens=10,reasoning=300,chunk_delay_ms=1"
