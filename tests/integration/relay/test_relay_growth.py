@@ -9,6 +9,7 @@ import redis.asyncio
 
 from billing.book import grant
 from billing.tokens import count_tokens
+from gateway.relay.growth import Growth
 from tests.support.gateway import eventually
 from tests.support.growth import (
     OVERRIDES,
@@ -113,14 +114,24 @@ async def test_what_cannot_be_stopped_or_thinks_unseen_holds_everything_at_once(
 
 
 async def test_a_stream_that_may_write_less_than_a_window_is_never_looked_at(
-    relay: Relay, key: str
+    relay: Relay, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = asyncio.ensure_future(stream(relay, key, SLOW, max_tokens=WINDOW))
-    reply = await reply_of(relay)
+    glances: list[object] = []
+    glance = Growth.glance
 
-    assert reply.call.hold_nanos == reply.call.hold_max_nanos
-    await answer
-    assert reply.progress.chars == 0
+    def noted(growth: Growth) -> bool:
+        glances.append(growth)
+        return glance(growth)
+
+    monkeypatch.setattr(Growth, "glance", noted)
+    await stream(relay, key, SLOW, max_tokens=WINDOW)
+    seen = len(glances)
+    await stream(relay, key, SLOW, max_tokens=WINDOW + 1)
+
+    assert seen == 0 < len(glances)
+    whole, _ = await relay.receipts(key, 2)
+    fields = {"stream": True, "stream_options": USAGE, "max_tokens": WINDOW}
+    assert whole["hold_nanos"] == prompt_nanos(SLOW, **fields) + WINDOW * PER_OUTPUT
 
 
 @pytest.mark.parametrize("model", [FAST, RUSH, SLOW, LONG])
