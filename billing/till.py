@@ -347,7 +347,11 @@ class Till:
 
         Credit may have come in, or the account been thawed, without the till being told.
         """
-        if status not in {"short", "frozen"} or not self._may_refresh(account_id):
+        return status in {"short", "frozen"} and await self.refresh(account_id)
+
+    async def refresh(self, account_id: UUID) -> bool:
+        """Tell the till what the book says now; False when it was just asked, or is away."""
+        if not self._may_refresh(account_id):
             return False
         try:
             await self.seed_from_book(account_id)

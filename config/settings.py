@@ -115,6 +115,8 @@ class Limits(Table, frozen=True, kw_only=True):
     loop_lag_max_ms: Milliseconds = 20
     loop_lag_for_ms: Milliseconds = 1000
     memory_percent_max: Percent = 80
+    stream_window_tokens: NotNegative = 4096
+    output_tokens_min: Positive = 256
 
 
 class Timeouts(Table, frozen=True, kw_only=True):
@@ -186,6 +188,7 @@ class Model(Table, frozen=True, kw_only=True):
     context_tokens: Positive = 128_000
     output_tokens_max: Positive = 16_384
     image_tokens_max: NotNegative = 0
+    stream_window_tokens: NotNegative | None = None
     owned_by: Text = "farebox"
 
 
