@@ -35,6 +35,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     held: int = 0
     open: int = 0
     status: str = ""
+    epoch: int | None = None
+    """In which it was seeded last; nothing is admitted on it in another one."""
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +79,8 @@ class Shard(msgspec.Struct, kw_only=True):
     garbage: list[Garbage] = []
     secrets: list[str] = []
     other_keys: int = 0
+    set_aside: int = 0
+    """Keys that a rebuild could not read and kept for a person to look at."""
     is_cut: bool = False
 
     @property
@@ -164,6 +168,7 @@ class Parser:
             held=self.integer(key, "held", fields.get(b"held", b"0")),
             open=self.integer(key, "open", fields.get(b"open", b"0")),
             status=status,
+            epoch=self.integer(key, "epoch", fields[b"epoch"]) if b"epoch" in fields else None,
         )
 
     def integer(self, key: str, field: str, raw: Any) -> int:

@@ -103,19 +103,20 @@ async def read_account_scope(url: str, account_id: UUID) -> Scope | None:
 
 
 @asynccontextmanager
-async def open_till(url: str) -> AsyncIterator["TillScan"]:
+async def open_till(url: str, *, entries_max: int = ENTRIES_MAX) -> AsyncIterator["TillScan"]:
     """A connection for looking. Raises TillUnavailable when the till does not answer."""
     async with _client(url) as client:
-        till = TillScan(client)
+        till = TillScan(client, entries_max)
         await till.now_ms()
         yield till
 
 
 class TillScan:
-    """Reads only."""
+    """Reads only. A shard with more than entries_max holds or outbox entries is read in part."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, entries_max: int = ENTRIES_MAX) -> None:
         self._client = client
+        self._entries_max = entries_max
 
     async def now_ms(self) -> int:
         """The till's clock, which leases use."""
@@ -123,12 +124,15 @@ class TillScan:
             second, micros = await self._client.execute_command("TIME")
         return int(second) * 1000 + int(micros) // 1000
 
-    async def shards(self) -> AsyncIterator[Shard]:
+    async def patterns(self) -> list[str]:
+        """Names of parts, each of which is small enough to be looked at at once."""
+        async with _translated():
+            return scan_patterns(int(await self._client.execute_command("DBSIZE")))
+
+    async def shards(self, patterns: Iterable[str]) -> AsyncIterator[Shard]:
         """Every shard that has anything, one after the other, each read in several steps."""
         deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
-        async with _translated():
-            total = await self._client.execute_command("DBSIZE")
-        for pattern in scan_patterns(int(total)):
+        for pattern in patterns:
             found = await self._keys_by_shard(pattern, deadline)
             for name in sorted(found):
                 yield await self._read_shard(name, found.pop(name))
@@ -199,6 +203,8 @@ class TillScan:
         for key in keys:
             if key[len(shard.prefix) :][:2] in {b"a:", b"k:", b"h:"}:
                 hashes.add(key)
+            elif key[len(shard.prefix) :].startswith(b"odd:"):
+                shard.set_aside += 1
             elif key[len(shard.prefix) :] not in {b"epoch", b"outbox", b"leases"}:
                 shard.other_keys += 1
         wanted = sorted(hashes)
@@ -216,7 +222,7 @@ class TillScan:
         async with _translated():
             pipe = self._client.pipeline(transaction=False)
             pipe.execute_command("GET", f"{prefix}epoch")
-            pipe.execute_command("ZRANGE", f"{prefix}leases", 0, ENTRIES_MAX, "WITHSCORES")
+            pipe.execute_command("ZRANGE", f"{prefix}leases", 0, self._entries_max, "WITHSCORES")
             epoch, leases = await pipe.execute(raise_on_error=False)
         parser.put_epoch(shard, epoch)
         parser.put_leases(shard, leases)
@@ -226,7 +232,7 @@ class TillScan:
                 reply = await self._scan_outbox(f"{prefix}outbox", cursor)
             cursor = reply[0]
             parser.put_outbox(shard, reply[1])
-            shard.is_cut = max(len(shard.leases), len(shard.outbox)) > ENTRIES_MAX
+            shard.is_cut = max(len(shard.leases), len(shard.outbox)) > self._entries_max
             if shard.is_cut or cursor == b"0":
                 return
 

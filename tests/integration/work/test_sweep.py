@@ -212,6 +212,25 @@ async def test_a_worker_that_wakes_up_posts_the_difference_once(rig: Rig, price:
     assert (seen.available, seen.outbox, seen.holds) == (10**9 - price, {}, {})
 
 
+async def test_an_adjustment_never_takes_more_than_was_held_when_it_was_swept(rig: Rig) -> None:
+    """The till had forgotten a growth of the hold that the worker knows of."""
+    account = await make_account(rig.pool)
+    draft = await draft_of(rig, account, input_tokens=10, output_tokens=5)
+    await hold(rig, draft, account)
+    await sweeper(rig).sweep()
+    own = replace(
+        account.receipt(2 * HOLD),
+        request_id=draft.request_id,
+        source_reference=draft.source_reference,
+    )
+
+    await rig.settler.submit(account.scopes, own.source_reference, own).committed
+    await rig.at_rest()
+
+    assert await adjustments(rig) == [(60_000 - HOLD, str(draft.request_id))]
+    assert (await rig.look(account)).available == 10**9 - HOLD
+
+
 async def test_a_sweeper_never_corrects_what_the_worker_said(rig: Rig) -> None:
     """The till lost the settlement; what the worker posted stands."""
     account = await make_account(rig.pool)
