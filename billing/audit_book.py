@@ -110,12 +110,12 @@ async def _check_balances(conn: Connection, check: Check) -> None:
             said = ("version of the account", row["seq"], row["version"])
         else:
             said = ("balance of the account", balance_there, balance)
-        check.add(*said, nanos=drift, billing_account_id=account_id)
+        check.add_drift(drift, *said, billing_account_id=account_id)
 
 
 def balance_drift(row: Any) -> int:
     """How far a balance is from its ledger; one nano when only the version is wrong."""
-    apart = abs(row["balance_nanos"] - row["balance_after_nanos"])
+    apart: int = abs(row["balance_nanos"] - row["balance_after_nanos"])
     return max(apart, int(row["version"] != row["seq"]))
 
 

@@ -60,15 +60,21 @@ class Check(msgspec.Struct, kw_only=True):
     findings: list[Finding] = []
 
     def add(
+        self, what: str, expected: object, found: object, /, **ids: UUID | str | int | None
+    ) -> None:
+        """Count a violation, and keep it while there is room."""
+        self.add_drift(0, what, expected, found, **ids)
+
+    def add_drift(
         self,
+        nanos: int,
         what: str,
         expected: object,
         found: object,
-        *,
-        nanos: int = 0,
+        /,
         **ids: UUID | str | int | None,
     ) -> None:
-        """Count a violation, and keep it while there is room. nanos: how much of it is drift."""
+        """The same of a violation that is drift, by that much."""
         self.violations += 1
         self.drift_nanos += nanos
         if len(self.findings) < FINDINGS_SHOWN:

@@ -165,7 +165,8 @@ class _TillAudit:
                 return
         for what, expected, found in wrong:
             drift = _apart(expected, found) if what in MONEY else 0
-            self._check.add(what, expected, found, nanos=drift, **{OWNER_NAMES[kind]: owner_id})
+            ids = {OWNER_NAMES[kind]: owner_id}
+            self._check.add_drift(drift, what, expected, found, **ids)
 
     async def _check_leases(self, shard: Shard) -> None:
         """A hold and its lease come and go together."""
@@ -207,7 +208,7 @@ class _TillAudit:
             if not wrong:
                 return
         for owner_id, said, drift in wrong:
-            self._check.add(*said, nanos=drift, billing_account_id=owner_id)
+            self._check.add_drift(drift, *said, billing_account_id=owner_id)
 
     async def _read_again(self, shard: Shard, owners: list[UUID]) -> list[Scope]:
         keys = {owner_id: f"{shard.prefix}a:{id_text(owner_id)}" for owner_id in owners}
