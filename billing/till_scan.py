@@ -112,7 +112,7 @@ async def open_till(url: str, *, entries_max: int = ENTRIES_MAX) -> AsyncIterato
 
 
 class TillScan:
-    """Reads only. A shard with more than entries_max holds or outbox entries is read in part."""
+    """For looking. A shard with more than entries_max holds or outbox entries is read in part."""
 
     def __init__(self, client: Any, entries_max: int = ENTRIES_MAX) -> None:
         self._client = client
@@ -123,6 +123,26 @@ class TillScan:
         async with _translated():
             second, micros = await self._client.execute_command("TIME")
         return int(second) * 1000 + int(micros) // 1000
+
+    async def run(self, *command: Any) -> Any:
+        """One command. Raises TillUnavailable or TillRefused."""
+        async with _translated():
+            return await self._client.execute_command(*command)
+
+    async def run_all(self, commands: Iterable[Sequence[Any]]) -> list[Any]:
+        """Many commands at once; an error stands in the place of what was refused."""
+        async with _translated():
+            pipe = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        return found
+
+    async def shard(self, name: str) -> Shard:
+        """One shard, read again."""
+        deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
+        found = await self._keys_by_shard(f"fb:{{{name}}}:*", deadline)
+        return await self._read_shard(name, found.get(name, []))
 
     async def patterns(self) -> list[str]:
         """Names of parts, each of which is small enough to be looked at at once."""
@@ -211,7 +231,9 @@ class TillScan:
         shard.is_cut = shard.is_cut or len(wanted) > 2 * ENTRIES_MAX
         for start in range(0, min(len(wanted), 2 * ENTRIES_MAX), CALLS_AT_ONCE):
             part = wanted[start : start + CALLS_AT_ONCE]
-            for key, fields in zip(part, await self._calls(part), strict=True):
+            # An error stands in the place of what is no hash.
+            found = await self.run_all([("HGETALL", key) for key in part])
+            for key, fields in zip(part, found, strict=True):
                 parser.put(shard, key, fields)
         shard.garbage, shard.secrets = parser.garbage, parser.secrets
         return shard
@@ -244,15 +266,6 @@ class TillScan:
         if isinstance(reply, ResponseError):
             return b"0", reply
         return str(reply[0]).encode(), reply[1]
-
-    async def _calls(self, keys: Sequence[bytes]) -> list[Any]:
-        """The hashes at these keys; an error stands in the place of what is no hash."""
-        async with _translated():
-            pipe = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipe.execute_command("HGETALL", key)
-            found: list[Any] = await pipe.execute(raise_on_error=False)
-        return found
 
 
 def scan_patterns(total: int) -> list[str]:
