@@ -39,6 +39,7 @@ mode = "test"
 open_requests_per_key = {open_max}
 open_requests_per_account = {open_max}
 open_requests_per_worker = {open_max}
+loop_lag_max_ms = 60000
 
 [log]
 path = "{folder}/gateway.log"

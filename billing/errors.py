@@ -1,5 +1,7 @@
 """What can go wrong with money. Refusals say what the caller can do; the edge maps them to HTTP."""
 
+from uuid import UUID
+
 
 class BillingError(Exception):
     """Something went wrong with money."""
@@ -79,6 +81,23 @@ class CreditTooLarge(Refusal):
 
 class ReferenceConflict(Refusal):
     """That reference was used before for another account or another amount."""
+
+
+class IdempotencyMismatch(Refusal):
+    """The idempotency key was used before with another body."""
+
+
+class IdempotencyInFlight(Refusal):
+    """The first request with this idempotency key has not ended yet."""
+
+
+class IdempotencyCompleted(Refusal):
+    """The first request with this idempotency key has ended; it is not done again."""
+
+    def __init__(self, *, request_id: UUID, price_nanos: int) -> None:
+        super().__init__()
+        self.request_id = request_id
+        self.price_nanos = price_nanos
 
 
 class ReceiptsPending(BillingError):

@@ -93,31 +93,31 @@ BEGIN_EPOCH = """
 UPDATE till_epoch
 SET epoch = greatest(epoch, $1) + 1,
     server_run_id = CASE WHEN $2 = '' THEN server_run_id ELSE $2 END,
-    changed_at = clock_timestamp() + make_interval(secs => $3)
+    changed_at = clock_timestamp() + $3::bigint * interval '1 millisecond'
 """
 
 
 async def begin_epoch(
-    conn: Connection, newer_than: int, server_run_id: str, keep_closed_s: int, worker: str
+    conn: Connection, newer_than: int, server_run_id: str, keep_closed_ms: int, worker: str
 ) -> Epoch:
     """End the epoch in any case. Workers that see others live open no shard for that long."""
     async with translated():
-        await conn.execute(BEGIN_EPOCH, newer_than, server_run_id, keep_closed_s)
+        await conn.execute(BEGIN_EPOCH, newer_than, server_run_id, keep_closed_ms)
     return await read_epoch(conn, worker)
 
 
 MOVE_EPOCH = """
 UPDATE till_epoch
-SET changed_at = clock_timestamp() + make_interval(secs => $2)
+SET changed_at = clock_timestamp() + $2::bigint * interval '1 millisecond'
 WHERE epoch = $1
 RETURNING epoch
 """
 
 
-async def move_epoch(conn: Connection, epoch: int, keep_closed_s: int) -> bool:
-    """Let it begin that much later, or (negative) earlier. False: another epoch has begun."""
+async def move_epoch(conn: Connection, epoch: int, from_now_ms: int) -> bool:
+    """Say when it begins, or (negative) began. False: another epoch has begun."""
     async with translated():
-        return await conn.fetchval(MOVE_EPOCH, epoch, keep_closed_s) is not None
+        return await conn.fetchval(MOVE_EPOCH, epoch, from_now_ms) is not None
 
 
 SAY_ALIVE = """

@@ -3,7 +3,10 @@
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from billing.book import Connection, translated
+from billing.receipts import FailedAttempt
 
 SELECT_RECEIPT = """
 SELECT
@@ -12,8 +15,8 @@ SELECT
     cached_tokens, cache_write_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens,
     reported_cost_usd, provider_cost_nanos, price_nanos, markup_bps, price_version, hold_nanos,
     overrun_nanos, cost_source, usage_source, outcome, provenance, upstream_id,
-    upstream_request_id, run_id, attempt, graph_id, client_retry_count, client_request_id,
-    started_at, first_byte_at, finished_at, posted_at
+    upstream_request_id, run_id, attempt, failed_attempts, graph_id, client_retry_count,
+    client_request_id, started_at, first_byte_at, finished_at, posted_at
 FROM charge_receipts
 WHERE request_id = $1 AND ($2::uuid IS NULL OR billing_account_id = $2)
 """
@@ -25,7 +28,10 @@ async def find_receipt(
     """One receipt, of one account or (operators only) of any."""
     async with translated():
         row = await conn.fetchrow(SELECT_RECEIPT, request_id, account_id)
-    return None if row is None else dict(row)
+    if row is None:
+        return None
+    attempts = msgspec.json.decode(row["failed_attempts"], type=tuple[FailedAttempt, ...])
+    return {**row, "failed_attempts": attempts}
 
 
 HAS_RECEIPT = "SELECT EXISTS (SELECT 1 FROM charge_receipts WHERE request_id = $1)"

@@ -30,8 +30,9 @@ WITH batch AS MATERIALIZED (
         price_nanos bigint, markup_bps integer, price_version bigint, hold_nanos bigint,
         overrun_nanos bigint, cost_source text, usage_source text, outcome text,
         provenance text, upstream_id text, upstream_request_id text, run_id text,
-        attempt integer, graph_id text, client_retry_count integer, client_request_id text,
-        started_at timestamptz, first_byte_at timestamptz, finished_at timestamptz
+        attempt integer, failed_attempts jsonb, graph_id text, client_retry_count integer,
+        client_request_id text, started_at timestamptz, first_byte_at timestamptz,
+        finished_at timestamptz
     )
 ),
 locked AS MATERIALIZED (
@@ -50,8 +51,8 @@ new_receipts AS (
         reasoning_tokens, audio_input_tokens, audio_output_tokens,
         reported_cost_usd, provider_cost_nanos, price_nanos, markup_bps, price_version,
         hold_nanos, overrun_nanos, cost_source, usage_source, outcome, provenance,
-        upstream_id, upstream_request_id, run_id, attempt, graph_id, client_retry_count,
-        client_request_id, started_at, first_byte_at, finished_at
+        upstream_id, upstream_request_id, run_id, attempt, failed_attempts, graph_id,
+        client_retry_count, client_request_id, started_at, first_byte_at, finished_at
     )
     SELECT $2, $3, batch.*
     FROM batch
@@ -109,7 +110,7 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
     every account of the batch, also of those touched by repeated receipts only. Raises
     BookUnavailable or BookRefused; to post the same again is right in any case.
     """
-    # One JSON text: 37 arrays cost asyncpg three times as much, and Postgres hardly less. Numbers
+    # One JSON text: 38 arrays cost asyncpg three times as much, and Postgres hardly less. Numbers
     # keep their digits on the way, and so does the reported cost, which is a string.
     try:
         batch = encode_batch(receipts)

@@ -40,6 +40,17 @@ class Provenance(StrEnum):
     RESPONSE = "response"
 
 
+class FailedAttempt(msgspec.Struct, frozen=True, kw_only=True):
+    """A try at a provider that failed before anything could be billed. Holds no content."""
+
+    provider: str
+    upstream_model: str
+    status: int | None
+    """None when no answer came."""
+    reason: str
+    ms: int
+
+
 class ChargeReceipt(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One row of charge_receipts, in the order of the columns of a batch in book.py.
 
@@ -77,6 +88,7 @@ class ChargeReceipt(msgspec.Struct, kw_only=True, omit_defaults=True):
     upstream_request_id: str = ""
     run_id: str = ""
     attempt: int = 1
+    failed_attempts: tuple[FailedAttempt, ...] = ()
     graph_id: str = ""
     client_retry_count: int = 0
     client_request_id: str = ""
@@ -94,6 +106,13 @@ _TEXT_FIELDS = tuple(
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 
 
+def writable(text: str) -> str:
+    """A text from outside as it goes into a row."""
+    if len(text) <= TEXT_CHARS_MAX and text.isprintable():
+        return text
+    return _UNWRITABLE.sub("", text[:TEXT_CHARS_MAX])
+
+
 def clean_texts(receipt: ChargeReceipt) -> None:
     """Make every text writable: a provider's odd id must not keep a receipt out of the book."""
     r = receipt
@@ -104,9 +123,7 @@ def clean_texts(receipt: ChargeReceipt) -> None:
     if len(every) <= TEXT_CHARS_MAX and every.isprintable():
         return
     for name in _TEXT_FIELDS:
-        text = getattr(receipt, name)
-        if len(text) > TEXT_CHARS_MAX or not text.isprintable():
-            setattr(receipt, name, _UNWRITABLE.sub("", text[:TEXT_CHARS_MAX]))
+        setattr(receipt, name, writable(getattr(receipt, name)))
 
 
 _encoder = msgspec.json.Encoder()

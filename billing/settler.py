@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -99,6 +100,14 @@ class Settler:
         """Age of the oldest receipt that the book does not have yet."""
         first = self._in_flight or self._queue
         return asyncio.get_running_loop().time() - first[0].submitted_at if first else 0
+
+    def untaken(self, age_s: Seconds) -> list[Settled]:
+        """Receipts that neither till nor book took for at least that long, oldest first."""
+        if not self.pending or self.oldest_age_s() < age_s:
+            return []
+        latest = asyncio.get_running_loop().time() - age_s
+        old = takewhile(lambda one: one.submitted_at <= latest, (*self._in_flight, *self._queue))
+        return [settled for settled in old if not _is_in_till(settled.till_reply)]
 
     def submit(self, scopes: SpendScopes, request_id: str, receipt: ChargeReceipt) -> Settled:
         """Settle in the till and queue for the book, both begun when this returns.
@@ -249,6 +258,10 @@ async def _ended(futures: list[asyncio.Future[Any]]) -> None:
     waiting = [future for future in futures if not future.done()]
     if waiting:
         await asyncio.wait(waiting)
+
+
+def _is_in_till(reply: asyncio.Future[Any]) -> bool:
+    return reply.done() and reply.exception() is None
 
 
 def _confirmation(state: AccountState, group: list[Settled]) -> Confirmation:

@@ -178,7 +178,7 @@ class Till:
         """
         assert 0 <= hold_nanos <= NANOS_MAX
         for _ in range(ADMIT_TRIES):
-            epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+            epoch = self.epoch.number if self.epoch.is_known else await self._epoch_for_hold()
             packed = scopes.wire.admit(request_id, epoch, hold_nanos, self._lease_and_worker, draft)
             asked_at = time.monotonic()
             try:
@@ -193,6 +193,13 @@ class Till:
                 await self._mend(scopes, hold_nanos, reply)
         # Every answer was a plain no: nothing is held.
         raise TillUnavailable(asked=False)
+
+    async def _epoch_for_hold(self) -> int:
+        try:
+            return await self.learn_epoch()
+        except TillUnavailable as exc:
+            exc.asked = False  # about a hold nothing was asked yet
+            raise
 
     async def _ask_again(self, packed: Packed, asked_at: Seconds, first: TillUnavailable) -> Any:
         """Admit once more when there was no answer: two call timeouts in all."""
@@ -211,6 +218,20 @@ class Till:
             await self.seed_from_book(scopes.account_id)
         elif not await self._refreshed(status, scopes.account_id):
             _refuse(status, scopes, index, hold_nanos, nanos)
+
+    async def trace(self, scopes: SpendScopes, request_id: str) -> tuple[int, bool]:
+        """The epoch of the content (0: there is none), and whether a request is in it.
+
+        Raises TillUnavailable or TillRefused.
+        """
+        # In this order: what is settled in between is found in the outbox, unless it is confirmed,
+        # and then the book has it.
+        epoch, hold, entry = await asyncio.gather(
+            self.link.command(("GET", scopes.epoch_key)),
+            self.link.command(("EXISTS", scopes.hold_prefix + request_id)),
+            self.link.command(("HEXISTS", scopes.outbox_key, request_id)),
+        )
+        return int(epoch or 0), bool(hold or entry)
 
     def forwarded(self, scopes: SpendScopes, request_id: str) -> None:
         """Mark the hold as forwarded, on the wire when this returns; the reply is not awaited."""

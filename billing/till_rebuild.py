@@ -8,6 +8,7 @@ time; when it ends half way, the workers open the shards by themselves.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Any
@@ -26,7 +27,7 @@ from config.clock import seconds
 from config.ids import id_text, new_id
 
 # Longer than one shard takes, and shorter than anybody wants to wait after a kill.
-KEEP_CLOSED_S = 30
+KEEP_CLOSED_MS = 30_000
 # Shards change while requests end; no new ones come, so soon they do not.
 TRIES = 50
 TRY_AGAIN_S = seconds(20)
@@ -75,6 +76,7 @@ class _Rebuilding:
             resources.files("billing").joinpath("lua", "rebuild_v1.lua").read_text("utf-8")
         )
         self._done = Rebuilt(epoch=0)
+        self._began_at = time.monotonic()
 
     async def run(self) -> Rebuilt:
         # Workers wait as long as they see another one live in an epoch that is young.
@@ -101,28 +103,30 @@ class _Rebuilding:
         newest = max(epochs_of(epochs), default=0)
         (told,) = await self._till.run_all([("INFO", "server")])
         server = run_id_of(told)
-        epoch = await begin_epoch(self._conn, newest, server, KEEP_CLOSED_S, self._name)
+        self._began_at = time.monotonic()
+        epoch = await begin_epoch(self._conn, newest, server, KEEP_CLOSED_MS, self._name)
         self._done.epoch = epoch.number
         self._say(f"epoch {epoch.number} begins: new requests are refused")
         await self._till.run_all([("DEL", epoch_key(number)) for number in range(SHARDS)])
         return epoch.others
 
     async def _open(self) -> None:
-        await self._keep_closed(-KEEP_CLOSED_S)
+        # When it really began: whoever asks what the till may have lost since goes by that.
+        await self._let_begin(-int((time.monotonic() - self._began_at) * 1000))
         number = self._done.epoch
         answers = await self._till.run_all([("SET", epoch_key(n), number) for n in range(SHARDS)])
         for answer in answers:
             if isinstance(answer, Exception):
                 raise RebuildRefused(reason=f"a shard cannot be opened: {answer}")
 
-    async def _keep_closed(self, for_s: int) -> None:
+    async def _let_begin(self, from_now_ms: int) -> None:
         await say_alive(self._conn, self._name)
-        if not await move_epoch(self._conn, self._done.epoch, for_s):
+        if not await move_epoch(self._conn, self._done.epoch, from_now_ms):
             raise RebuildRefused(reason="the till was lost meanwhile: begin again")
 
     async def _mend(self, shard: Shard) -> None:
         for _ in range(TRIES):
-            await self._keep_closed(KEEP_CLOSED_S)
+            await self._let_begin(KEEP_CLOSED_MS)
             if shard.is_cut:
                 raise RebuildRefused(
                     reason=f"too much waits in shard {shard.name}: is Postgres up?"

@@ -22,6 +22,7 @@ WholeSeconds = Annotated[int, Meta(ge=1, le=DAY_S)]
 Milliseconds = Annotated[int, Meta(ge=1, le=DAY_S * 1000)]
 DelayMs = Annotated[int, Meta(ge=0, le=DAY_S * 1000)]
 Seconds = Annotated[float, Meta(gt=0, le=DAY_S)]
+Percent = Annotated[int, Meta(ge=1, le=100)]
 # Below 10,000 the user price is below the provider cost: every request would lose money.
 MarkupBps = Annotated[int, Meta(ge=10_000, le=1_000_000)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -55,6 +56,8 @@ class Book(Table, frozen=True, kw_only=True):
     commit_batch_max: Positive = 256
     commit_gather_ms: DelayMs = 10
     receipts_pending_max: Positive = 50_000
+    pending_age_max_s: WholeSeconds = 900
+    spool_dir: str = ""
 
 
 class Till(Table, frozen=True, kw_only=True):
@@ -110,6 +113,9 @@ class Limits(Table, frozen=True, kw_only=True):
     open_requests_per_worker: Positive = 1000
     drain_bytes_max: Positive = 64 * KIB
     drains_max: Positive = 200
+    loop_lag_max_ms: Milliseconds = 20
+    loop_lag_for_ms: Milliseconds = 1000
+    memory_percent_max: Percent = 80
 
 
 class Timeouts(Table, frozen=True, kw_only=True):

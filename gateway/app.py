@@ -50,6 +50,7 @@ def build_app(services: Services) -> ASGIApp:
     return Litestar(
         route_handlers=[livez, readyz, metrics],
         exception_handlers={ApiError: _on_error, HTTPException: _on_http, Exception: _on_crash},
+        request_max_body_size=services.settings.limits.body_bytes_max,
         openapi_config=None,
         logging_config=None,
     )

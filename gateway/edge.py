@@ -43,7 +43,7 @@ class Edge:
             if path.startswith("/v1/") or path == "/v1":
                 await self._dispatch(path, arrival, exchange)
             else:
-                await serve_asgi(self._control_plane, exchange)
+                await self._control(exchange)
         except ApiError as exc:
             self._services.metrics.count_request("/v1", exc.status, exc.code)
             send_error(exchange, exc, arrival)
@@ -52,6 +52,11 @@ class Edge:
             self._services.metrics.count_request("/v1", 500, "internal_error")
             if not exchange.is_started:
                 send_error(exchange, internal_error(), arrival)
+
+    async def _control(self, exchange: Exchange) -> None:
+        timeouts = self._services.settings.timeouts
+        body_s, stall_s = timeouts.body_s, timeouts.write_stall_s
+        await serve_asgi(self._control_plane, exchange, body_s=body_s, write_stall_s=stall_s)
 
     async def _dispatch(self, path: str, arrival: Arrival, exchange: Exchange) -> None:
         method = exchange.method.decode("ascii")

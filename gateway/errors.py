@@ -11,6 +11,7 @@ import msgspec
 from billing import errors as billing
 from billing.book import BookRefused
 from billing.money import credits_text, usd_text
+from config.ids import id_text
 from keys import errors as keys
 
 # A path inside this project: it has no public address of its own yet.
@@ -67,14 +68,23 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_request
     return ApiError(400, code, f"{message} {NOT_CHARGED}", param=param)
 
 
-def unavailable(what: str, code: str = "unavailable") -> ApiError:
+def late_body() -> ApiError:
+    """400, never 408: SDKs repeat that by themselves."""
+    exc = invalid("The body did not arrive in time.")
+    exc.headers = ((b"connection", b"close"),)
+    return exc
+
+
+def unavailable(
+    what: str, code: str = "unavailable", retry_after_s: int = RETRY_SOON_S
+) -> ApiError:
     """503: refused before anything was charged; the same request may work in a moment."""
     return ApiError(
         503,
         code,
         f"{what} Nothing was forwarded. {NOT_CHARGED} Try again.",
         kind="server_error",
-        headers=((b"retry-after", b"%d" % RETRY_SOON_S),),
+        headers=((b"retry-after", b"%d" % retry_after_s),),
     )
 
 
@@ -109,6 +119,32 @@ def _too_many(exc: billing.TooManyOpenRequests) -> ApiError:
     )
     headers = ((b"retry-after", b"1"), (b"retry-after-ms", b"1000"))
     return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
+
+
+def _in_flight(_: Any) -> ApiError:
+    message = (
+        "The first request with this Idempotency-Key is still under way. "
+        "This call was not charged. Try again in a moment."
+    )
+    headers = ((b"retry-after", b"%d" % RETRY_SOON_S),)
+    return ApiError(409, "idempotency_in_flight", message, headers=headers)
+
+
+def _completed(exc: billing.IdempotencyCompleted) -> ApiError:
+    receipt_id = f"rcpt_{id_text(exc.request_id)}"
+    charged = f"was charged once, ${usd_text(exc.price_nanos)}" if exc.price_nanos else "was free"
+    message = (
+        f"The first request with this Idempotency-Key has ended and {charged} (receipt "
+        f"{receipt_id}); its answer is not stored. This call was not charged. Use a new key to "
+        "ask again."
+    )
+    headers = ((b"x-should-retry", b"false"), (b"x-receipt-id", receipt_id.encode()))
+    return ApiError(409, "idempotency_completed", message, headers=headers)
+
+
+def _mismatch(_: Any) -> ApiError:
+    message = "This Idempotency-Key was used before with another body. Use a new key."
+    return ApiError(422, "idempotency_mismatch", f"{message} {NOT_CHARGED}")
 
 
 def _forbidden(code: str, message: str) -> Callable[[Any], ApiError]:
@@ -152,6 +188,9 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     billing.TillRefused: _unavailable("Credit cannot be reserved right now."),
     billing.BookUnavailable: _unavailable("The account cannot be read right now."),
     BookRefused: _unavailable("The account cannot be read right now."),
+    billing.IdempotencyMismatch: _mismatch,
+    billing.IdempotencyInFlight: _in_flight,
+    billing.IdempotencyCompleted: _completed,
     billing.ReceiptsPending: _unavailable("Too many receipts are waiting to be recorded."),
     billing.AccountUnknown: _not_found("There is no such account."),
     billing.CreditTooLarge: _conflict(str(billing.CreditTooLarge())),

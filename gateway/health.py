@@ -7,6 +7,7 @@ from billing.book import acquire
 from billing.errors import BillingError
 from billing.fleet import read_epoch
 from gateway.services import Services
+from gateway.shedding import Reason
 from keys.api_key import digest, is_well_formed
 from keys.store import is_operator
 
@@ -16,10 +17,13 @@ PROBE_S = 2.0
 async def failing_parts(services: Services) -> list[str]:
     """What keeps this worker from serving requests right now: nothing, when it is ready."""
     till, book = await asyncio.gather(_till(services), _book(services))
+    reason = services.shedding.reason
+    is_behind = reason == Reason.PENDING_AGE or not services.settler.accepts
     parts = {
         "till": till,
         "book": book,
-        "receipts_pending": services.settler.accepts,
+        "receipts_pending": not is_behind,
+        "overloaded": reason not in {Reason.LOOP_LAG, Reason.MEMORY},
         "draining": not services.is_draining,
     }
     return [name for name, works in parts.items() if not works]

@@ -21,6 +21,7 @@ from billing.till import Renewal
 from billing.tokens import count_tokens
 from config.clock import seconds
 from gateway.protocols.chat import prompt_text
+from gateway.protocols.facts import CallFacts
 
 if TYPE_CHECKING:
     from gateway.relay.reply import Reply
@@ -32,6 +33,8 @@ TURN_S = seconds(1000)
 ALIVE_EVERY_S = seconds(5000)
 # So many are looked at between two turns of the event loop.
 AT_ONCE = 16
+# A longer prompt keeps the estimate of its admission: counting it would hold up the others.
+PROMPT_BYTES_MAX = 1024 * 1024
 
 
 class HoldKeeper:
@@ -42,6 +45,7 @@ class HoldKeeper:
         self._till = services.till
         self._every_s = services.settings.till.renew_every_s
         self._till.epoch.on_new = self._place_again
+        self._is_failing = False
 
     async def run_alive(self) -> None:
         """For ever: tell the book that this worker lives."""
@@ -75,12 +79,15 @@ class HoldKeeper:
     async def _renew_due(self) -> None:
         now = asyncio.get_running_loop().time()
         due = [r for r in self._services.replies if now - r.renewed_at >= self._every_s]
-        for part in _parts(due):
-            try:
+        try:
+            for part in _parts(due):
                 await self._renew(part)
-            except BillingError as exc:
+        except BillingError as exc:
+            if not self._is_failing:  # once for each time that the till is away
                 log.warning("holds.renew_failed", extra={"error": repr(exc), "holds": len(due)})
-                return
+            self._is_failing = True
+        else:
+            self._is_failing = self._is_failing and not due
 
     async def _renew(self, replies: Sequence["Reply"]) -> None:
         """Write down how far these came and renew their leases."""
@@ -104,7 +111,7 @@ class HoldKeeper:
 
         def count() -> list[tuple[int | None, int]]:
             return [
-                (count_tokens(prompt_text(r.call.facts)) if is_first else None, count_tokens(text))
+                (_prompt_tokens(r.call.facts) if is_first else None, count_tokens(text))
                 for r, is_first, text in work
             ]
 
@@ -144,6 +151,10 @@ class HoldKeeper:
         if open_now or settled:
             facts = {"epoch": self._till.epoch.announced, "holds": len(open_now)}
             log.warning("holds.placed_again", extra={**facts, "receipts": settled})
+
+
+def _prompt_tokens(facts: CallFacts) -> int:
+    return count_tokens(prompt_text(facts)) if facts.text_bytes <= PROMPT_BYTES_MAX else 0
 
 
 def _parts(replies: Iterable["Reply"]) -> Iterator[list["Reply"]]:

@@ -105,6 +105,12 @@ class Metrics:
             ["outcome", "usage_source", "cost_source"],
             registry=reg,
         )
+        self._upstream_failures = Counter(
+            "farebox_upstream_failures",
+            "Attempts at providers that failed before anything of an answer was sent.",
+            ["provider", "reason"],
+            registry=reg,
+        )
         self._settlements = Counter(
             "farebox_settlements", "Receipts on their way into the book.", ["result"], registry=reg
         )
@@ -114,6 +120,7 @@ class Metrics:
         self.settlement_oldest = _gauge(
             reg, "livemax", "settlement_oldest_seconds", "Age of the oldest of them."
         )
+        self._make_guards(reg)
         self.loop_lag = _gauge(reg, "livemax", "event_loop_lag_seconds", "Event loop lag.")
         build = _gauge(reg, "livemax", "build_info", "Version.", "version")
         build.labels(version("farebox")).set(1)
@@ -124,6 +131,24 @@ class Metrics:
         self._ended: dict[str, int] = {}
         self._ttfts: dict[tuple[str, str], Observed] = {}
         self._price_nanos = self._cost_nanos = self._overrun_nanos = 0
+
+    def _make_guards(self, reg: CollectorRegistry | None) -> None:
+        """What tells of trouble: the spool and shedding."""
+        self._spooled = Counter(
+            "farebox_spool_receipts", "Receipts to and from the spool.", ["result"], registry=reg
+        )
+        self.spool_uncommitted = _gauge(
+            reg, "livesum", "spool_uncommitted", "Receipts that only a spool has."
+        )
+        self._shed = Counter(
+            "farebox_shed_requests", "Requests refused to protect others.", ["reason"], registry=reg
+        )
+        self.shedding = _gauge(
+            reg, "livesum", "shedding_workers", "Workers that refuse new requests.", "reason"
+        )
+        self.memory_share = _gauge(
+            reg, "livemax", "memory_share_ratio", "Memory over a worker's share of the limit."
+        )
 
     def count_request(self, route: str, status: int, code: str) -> None:
         """route and code come from our own tables, so their number is bounded."""
@@ -179,8 +204,18 @@ class Metrics:
         if tokens.reasoning:
             self._child(self._tokens, model, "reasoning").inc(tokens.reasoning)
 
+    def count_upstream_failure(self, provider: str, reason: str) -> None:
+        """provider comes from the config and reason from our own words: both are bounded."""
+        self._child(self._upstream_failures, provider, reason).inc()
+
     def count_settlements(self, result: str, count: int) -> None:
         self._child(self._settlements, result).inc(count)
+
+    def count_spool(self, result: str, count: int) -> None:
+        self._child(self._spooled, result).inc(count)
+
+    def count_shed(self, reason: str) -> None:
+        self._child(self._shed, reason).inc()
 
     def render(self) -> bytes:
         """The text format, of all workers."""
@@ -270,15 +305,16 @@ def _gauge(
     )
 
 
-async def watch_loop(metrics: Metrics, sample: Callable[[], None]) -> None:
-    """For ever: measure the event loop's lag, call sample, fold what was counted."""
+async def watch_loop(metrics: Metrics, sample: Callable[[float], None]) -> None:
+    """For ever: measure the event loop's lag, call sample with it, fold what was counted."""
     loop = asyncio.get_running_loop()
     try:
         while True:
             due = loop.time() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
-            metrics.loop_lag.set(max(loop.time() - due, 0))
-            sample()
+            lag_s = max(loop.time() - due, 0)
+            metrics.loop_lag.set(lag_s)
+            sample(lag_s)
             metrics.fold()
     finally:
         metrics.fold()

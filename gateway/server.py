@@ -119,6 +119,8 @@ def make_server(settings: Settings, services: Services) -> Server:
             "headers_bytes_max": limits.headers_bytes_max,
             "keepalive_s": settings.server.keepalive_timeout_s,
             "write_stall_s": timeouts.write_stall_s,
+            # More than the default would let a client be farther behind, to nobody's use.
+            "unsent_bytes_max": min(limits.stream_buffer_bytes_max, Protocol.unsent_bytes_max),
         },
     )
     config = uvicorn.Config(

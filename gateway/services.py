@@ -1,9 +1,10 @@
 """Everything a worker needs, built once and closed once."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -26,7 +27,10 @@ from gateway.providers.http import HttpClient
 from gateway.relay.aside import Aside
 from gateway.relay.authenticate import Authenticator
 from gateway.relay.http_in import Bodies
+from gateway.relay.once import Claims
 from gateway.relay.watchdog import Watchdogs
+from gateway.shedding import Shedding
+from gateway.spooling import make_spool, replay_orphans, unposted
 from gateway.supervise import Tasks
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gateway.services")
 
-FIRST_TILL_WAIT_S = 5.0
+FIRST_TILL_WAIT_S, FIRST_TILL_AGAIN_S = 5.0, 0.05
 # For receipts on their way when somebody is in a hurry; the till's outbox keeps the rest.
 HURRIED_SETTLE_S = 3.0
 
@@ -52,6 +56,7 @@ class Services:
         self.catalog: Catalog = build_catalog(settings, self.client)
         self.prices = PriceBook([])
         self.authenticator = Authenticator(settings, pool, self.tasks)
+        self.shedding = Shedding(settings, metrics, self.tasks)
         scripts = Scripts()
         self.link = TillLink(
             settings.till.url.reveal(),
@@ -77,6 +82,8 @@ class Services:
             on_result=metrics.count_settlements,
             gather_s=settings.book.commit_gather_ms / 1000,
         )
+        self.claims = Claims(pool, self.till, self.tasks, settings.timeouts.request_total_s)
+        self.spool = make_spool(settings, worker, self.settler, metrics)
         self.is_draining = False
         self.dogs = Watchdogs()
         self.bodies = Bodies(settings.limits.bodies_bytes_max)
@@ -109,11 +116,26 @@ class Services:
             except BillingError as exc:
                 log.warning("prices.refresh_failed", extra={"error": str(exc)})
 
-    def sample(self) -> None:
-        """Gauges that are read from state."""
+    async def wait_for_till(self) -> None:
+        """Until holds can be placed, but not for long: refusing is better than silence."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TILL_WAIT_S):
+                while True:
+                    with contextlib.suppress(BillingError):
+                        await self.link.wait_up(FIRST_TILL_WAIT_S)
+                        await self.till.learn_epoch()
+                        return
+                    await asyncio.sleep(FIRST_TILL_AGAIN_S)
+
+    def sample(self, lag_s: float) -> None:
+        """Gauges that are read from state, and whether that state allows more."""
+        oldest_s = self.settler.oldest_age_s()
+        self.shedding.look(lag_s, oldest_s)
         self.metrics.inflight.set(self.open_calls)
         self.metrics.settlements_pending.set(self.settler.pending)
-        self.metrics.settlement_oldest.set(self.settler.oldest_age_s())
+        self.metrics.settlement_oldest.set(oldest_s)
+        if self.spool is not None:
+            self.metrics.spool_uncommitted.set(self.spool.uncommitted)
 
 
 def worker_name() -> str:
@@ -121,7 +143,7 @@ def worker_name() -> str:
     return f"w_{id_text(new_id())}"
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def open_services(
     settings: Settings, metrics: Metrics, hurry: asyncio.Event | None = None
 ) -> AsyncIterator[Services]:
@@ -145,8 +167,12 @@ async def open_services(
         services.tasks.start(services.keep_prices(), "prices.keep")
         services.tasks.start(services.holds.run_alive(), "holds.alive")
         services.tasks.start(services.holds.run_renewals(), "holds.renew")
+        if services.spool is not None:
+            orphans = replay_orphans(Path(limits.spool_dir), pool, metrics)
+            services.tasks.start(orphans, "spool.replay")
+            services.tasks.start(services.spool.run(), "spool.run")
         services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")
-        await services.link.wait_up(FIRST_TILL_WAIT_S)
+        await services.wait_for_till()
         yield services
         services.settler.stop()
         settled = services.tasks.start(_all_ended(commits, confirms), "settler.end")
@@ -159,11 +185,14 @@ async def open_services(
         if hurrying.done():
             await asyncio.wait([settled], timeout=HURRIED_SETTLE_S)
         if services.settler.pending:
-            log.error("receipts.unposted", extra={"count": services.settler.pending})
+            facts = await unposted(services.settler, services.spool)
+            log.error("receipts.unposted", extra=facts)
         else:
             await services.holds.say_gone()
     finally:
         await services.tasks.close()
+        if services.spool is not None:
+            services.spool.close()
         await services.client.close()
         await services.link.close()
         pool.terminate()

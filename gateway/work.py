@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +19,8 @@ from billing import book
 from billing.errors import BillingError
 from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
+from billing.idempotency import purge_idempotent_requests
+from billing.spool_replay import post_into, replay_spool
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
@@ -114,15 +117,24 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
         looks.swept.update(done)
         return done
 
-    async def forget() -> None:
+    async def replay() -> Counter[str] | None:
+        if not limits.spool_dir:
+            return None
+        done = await replay_spool(Path(limits.spool_dir), post_into(pool))
+        return +Counter(msgspec.structs.asdict(done))
+
+    async def forget() -> Counter[str]:
         async with book.acquire(pool) as conn:
             await forget_workers(conn)
+            return +Counter(idempotency_keys=await purge_idempotent_requests(conn))
 
     try:
         yield [
+            # Before the sweep: what a dead worker knew is better than what a sweeper guesses.
+            Job("spool.replay", work.every_s, replay),
             Job("sweep", work.every_s, sweep),
             Job("audit", work.audit_every_s, looks.look),
-            Job("workers.forget", HOUR_S, forget),
+            Job("forget", HOUR_S, forget),
         ]
     finally:
         await link.close()

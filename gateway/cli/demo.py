@@ -25,7 +25,14 @@ from gateway.cli.context import (
     options,
     run,
 )
-from gateway.cli.serve import StopSignals, base_url, server_overrides, serving, take_port
+from gateway.cli.serve import (
+    StopSignals,
+    base_url,
+    server_overrides,
+    serving,
+    take_port,
+    with_spool,
+)
 
 DEMO_CREDITS = "10000"
 DEMO_OPEN_MAX = 1000
@@ -55,7 +62,7 @@ def demo(
     settings = load_config(opts.config or DEMO_CONFIG, server_overrides(flags)).settings
     with take_port(settings.server) as sock:
         settings = _with_pepper(settings, folder)
-        settings = _with_log_file(settings, folder)
+        settings = with_spool(_with_log_file(settings, folder), folder)
         run(_demo(settings, folder, sock, ready_file, as_json))
 
 

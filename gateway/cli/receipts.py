@@ -1,13 +1,17 @@
 """`farebox receipts`: what was charged, and why."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gateway.cli import show
 from gateway.cli.accounts import read_uid
 from gateway.cli.context import book_connection, common, end, run, stores
+
+if TYPE_CHECKING:
+    from billing.receipts import FailedAttempt
 
 COLUMNS = [
     "request_id",
@@ -69,4 +73,18 @@ def show_receipt(receipt: str, config: Path | None, data_dir: Path | None, as_js
     if as_json:
         show.as_json({**row, "ledger": ledger})
         return
-    show.pairs({**row, **{f"ledger_{name}": value for name, value in (ledger or {}).items()}})
+    show.pairs(for_people(row, ledger))
+
+
+def for_people(row: Mapping[str, Any], ledger: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A line for each failed attempt and for each field of the ledger row."""
+    failed = row["failed_attempts"]
+    shown = {name: value for name, value in row.items() if name != "failed_attempts"}
+    shown |= {f"failed_attempt_{number}": _told(one) for number, one in enumerate(failed, 1)}
+    return shown | {f"ledger_{name}": value for name, value in (ledger or {}).items()}
+
+
+def _told(attempt: "FailedAttempt") -> str:
+    answer = "no answer" if attempt.status is None else f"HTTP {attempt.status}"
+    where = f"{attempt.provider} ({attempt.upstream_model})"
+    return f"{where}: {attempt.reason}, {answer}, {attempt.ms} ms"

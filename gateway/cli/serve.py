@@ -102,6 +102,13 @@ def with_stores(settings: Settings, urls: "StoreUrls") -> Settings:
     return msgspec.structs.replace(settings, book=book, till=till)
 
 
+def with_spool(settings: Settings, data_dir: Path) -> Settings:
+    """The spool's folder, whole: workers do not run in the current one."""
+    folder = Path(settings.book.spool_dir or data_dir / "spool").absolute()
+    book = msgspec.structs.replace(settings.book, spool_dir=str(folder))
+    return msgspec.structs.replace(settings, book=book)
+
+
 @click.command()
 @click.option("--workers", type=click.IntRange(1, 1024), default=None)
 @click.option("--host", default=None)
@@ -114,7 +121,7 @@ def serve(config: Path | None, data_dir: Path | None, as_json: bool, **flags: ob
     opts = options(config, data_dir)
     loaded = load_config(opts.config, server_overrides(flags))
     require_secrets(loaded, serve_needs(loaded.settings))
-    settings = loaded.settings
+    settings = with_spool(loaded.settings, opts.data_dir)
     set_up_logging(settings.log)
 
     async def work(sock: socket.socket) -> None:

@@ -6,7 +6,7 @@ import click
 
 from gateway.cli import show
 from gateway.cli.context import common, options, refuse_pending, run, verb_config
-from gateway.cli.serve import StopSignals, with_stores
+from gateway.cli.serve import StopSignals, with_spool, with_stores
 
 
 @click.command()
@@ -31,7 +31,8 @@ def work(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
         book_url, till_url = settings.book.url.reveal(), settings.till.url.reveal()
         async with open_stores(opts.data_dir, book_url, till_url, may_launch=False) as urls:
             await refuse_pending(urls.book_url)
-            async with working(with_stores(settings, urls)):
+            settings = with_spool(with_stores(settings, urls), opts.data_dir)
+            async with working(settings):
                 show.as_json({"working": True}) if as_json else click.echo("working")
                 await signals.stop.wait()
 

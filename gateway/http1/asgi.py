@@ -1,11 +1,14 @@
 """An ASGI application behind an Exchange: how the control plane's framework is reached.
 
 https://asgi.readthedocs.io/en/latest/specs/www.html
+Failure: a body that does not come in time is a 400; who takes no answer loses the connection.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from gateway.errors import late_body
 from gateway.http1.exchange import Exchange
 
 Scope = MutableMapping[str, Any]
@@ -15,14 +18,16 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class _Channel:
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, body_s: float, write_stall_s: float) -> None:
         self.exchange = exchange
         self.has_sent_all = False
+        self.body_due = asyncio.get_running_loop().time() + body_s
+        self.write_stall_s = write_stall_s
 
     async def receive(self) -> Message:
         exchange = self.exchange
         if not self.has_sent_all:
-            await exchange.more_body()
+            await self._more_body()
             if not exchange.gone:
                 self.has_sent_all = exchange.is_whole
                 body = exchange.take_body()
@@ -30,19 +35,39 @@ class _Channel:
         await exchange.closed()
         return {"type": "http.disconnect"}
 
+    async def _more_body(self) -> None:
+        if self.exchange.is_whole:
+            return
+        try:
+            async with asyncio.timeout_at(self.body_due):
+                await self.exchange.more_body()
+        except TimeoutError as exc:
+            raise late_body() from exc
+
     async def send(self, message: Message) -> None:
         exchange = self.exchange
         if message["type"] == "http.response.start":
             exchange.start(message["status"], message.get("headers", ()))
         elif message.get("more_body", False):
             exchange.write(message.get("body", b""))
-            await exchange.drained()
+            await self._drained()
         else:
             exchange.end(message.get("body", b""))
 
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout(self.write_stall_s):
+                await self.exchange.drained()
+        except TimeoutError:
+            self.exchange.lose()
+            self.exchange.abort()
 
-async def serve_asgi(app: Any, exchange: Exchange) -> None:
-    """Serve one exchange by an ASGI application."""
+
+async def serve_asgi(app: Any, exchange: Exchange, *, body_s: float, write_stall_s: float) -> None:
+    """Serve one exchange by an ASGI application.
+
+    body_s: for all of the request's body. write_stall_s: for a client that takes nothing.
+    """
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -58,5 +83,5 @@ async def serve_asgi(app: Any, exchange: Exchange) -> None:
         "server": None,
         "state": {},
     }
-    channel = _Channel(exchange)
+    channel = _Channel(exchange, body_s, write_stall_s)
     await app(scope, channel.receive, channel.send)

@@ -66,6 +66,7 @@ class Protocol(asyncio.Protocol):
     headers_bytes_max: ClassVar[int] = 16 * 1024
     keepalive_s: ClassVar[float] = 5.0
     write_stall_s: ClassVar[float] = 30.0
+    unsent_bytes_max: ClassVar[int] = 64 * 1024
 
     def __init__(
         self, config: "Config", server_state: "ServerState", app_state: object, _loop: object = None
@@ -95,6 +96,7 @@ class Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        transport.set_write_buffer_limits(high=self.unsent_bytes_max)
         self._state.connections.add(self)  # type: ignore[arg-type]
         self._new_parser()
         self._expect_head()

@@ -15,7 +15,7 @@ from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
 from gateway.protocols.facts import CallFacts
-from gateway.relay.call import Arrival, Call, Caller, ModelRoute
+from gateway.relay.call import Arrival, Call, Caller, PublicModel
 from gateway.services import Services
 
 # Text has hardly ever more bytes for each token than this; English has some four and a half.
@@ -24,16 +24,18 @@ BYTES_PER_TOKEN_MOST = 8
 
 def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
     """The call that these facts ask for, with the size of its hold. Raises ApiError."""
-    route = services.catalog.find(facts.model)
-    if route is None:
+    model = services.catalog.find(facts.model)
+    if model is None:
         raise unknown_model(facts.model, services.catalog.nearest(facts.model))
     if services.is_draining:
         raise unavailable("The gateway is shutting down.")
+    if services.shedding.reason:
+        raise services.shedding.refusal()
     if not services.settler.accepts:
         raise ReceiptsPending
     if services.open_calls >= services.settings.limits.open_requests_per_worker:
         raise unavailable("The gateway is busy.")
-    call = Call(arrival, caller, facts, route, services.prices.now(route.model, time.time_ns()))
+    call = Call(arrival, caller, facts, model, services.prices.now(model.name, time.time_ns()))
     _size_hold(call, services.settings.billing.unpriced == "free")
     return call
 
@@ -60,9 +62,9 @@ async def admit(services: Services, call: Call) -> None:
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:
-    facts, route = call.facts, call.route
-    call.input_ceiling = input_ceiling(facts.text_bytes, facts.image_parts, route.image_tokens_max)
-    output_tokens = facts.output_tokens or route.output_tokens_max
+    facts, model = call.facts, call.model
+    call.input_ceiling = input_ceiling(facts.text_bytes, facts.image_parts, model.image_tokens_max)
+    output_tokens = facts.output_tokens or model.output_tokens_max
     call.output_max = (output_tokens + facts.extra_output_tokens) * facts.choices
     rates = call.rates
     if rates is None:
@@ -71,12 +73,12 @@ def _size_hold(call: Call, unpriced_is_free: bool) -> None:
             raise invalid(message, "model", "unpriced_model")
         return
     if facts.image_parts or facts.audio_output:
-        _refuse_unpriced(facts, route, rates)
-    call.hold_nanos = hold_for(call.input_ceiling, call.output_max, rates, route.markup_bps)
+        _refuse_unpriced(facts, model, rates)
+    call.hold_nanos = hold_for(call.input_ceiling, call.output_max, rates, model.markup_bps)
 
 
-def _refuse_unpriced(facts: CallFacts, route: ModelRoute, rates: Rates) -> None:
-    if facts.image_parts and not route.image_tokens_max:
+def _refuse_unpriced(facts: CallFacts, model: PublicModel, rates: Rates) -> None:
+    if facts.image_parts and not model.image_tokens_max:
         message = f"The model '{facts.model}' has no price for images."
         raise invalid(message, "messages", "unpriced_parameter")
     if facts.audio_output and rates.audio_output_rate is None:

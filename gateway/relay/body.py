@@ -47,7 +47,7 @@ async def relay_body(reply: "Reply") -> None:
         await reply.fail(upstream_error(message, may_have_billed=True), Outcome.UPSTREAM_FAILED)
         return
     bill = await reply.bill()
-    available = await wait_settled(reply.settle(Outcome.COMPLETE, bill))
+    available = await wait_settled(reply.services, reply.settle(Outcome.COMPLETE, bill))
     usage = _priced(answer, bill, f"rcpt_{reply.call.request_id}")
     if len(body) >= LARGE_BYTES:
         await _send_large(reply, meter, usage, bill, available)

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from billing.prices import PriceVersion, Rates
-from billing.receipts import ChargeReceipt, Outcome, Provenance
+from billing.receipts import ChargeReceipt, FailedAttempt, Outcome, Provenance
 from billing.till import SpendScopes
 from config.ids import id_text, new_id
 from gateway.protocols.facts import CallFacts
@@ -27,24 +27,33 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_text: str
 
 
-class ModelRoute(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A public model as it is served: where to, at what markup, with which bounds."""
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to serve a model: which provider, under what name there."""
 
-    model: str
     provider: str
     upstream: Upstream
     upstream_model: str
     reported_cost: bool
+    first_byte_timeout_s: float
+
+
+class PublicModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A model as users know it: at what markup, with which bounds, served by which routes.
+
+    Its hold and its price are the same whichever of the routes answers.
+    """
+
+    name: str
+    routes: tuple[Route, ...]
     markup_bps: int
     output_tokens_max: int
     context_tokens: int
     image_tokens_max: int
-    first_byte_timeout_s: float
     owned_by: str
 
     @cached_property
     def blank_receipt(self) -> ChargeReceipt:
-        """What all receipts of this route have in common; the rest is nobody's."""
+        """What all receipts of this model's first route have in common; the rest is nobody's."""
         nil, never = UUID(int=0), datetime.fromtimestamp(0, UTC)
         return ChargeReceipt(
             request_id=nil,
@@ -53,8 +62,8 @@ class ModelRoute(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             virtual_key_id=nil,
             app_key_id=None,
             protocol="chat.completions",
-            provider=self.provider,
-            requested_model=self.model,
+            provider=self.routes[0].provider,
+            requested_model=self.name,
             markup_bps=self.markup_bps,
             hold_nanos=0,
             provenance=Provenance.RESPONSE,
@@ -100,6 +109,7 @@ class Call:
         "is_open",
         "is_sent",
         "is_taken",
+        "model",
         "output_max",
         "price",
         "receipt",
@@ -113,13 +123,15 @@ class Call:
         arrival: Arrival,
         caller: Caller,
         facts: CallFacts,
-        route: ModelRoute,
+        model: PublicModel,
         price: PriceVersion | None,
     ) -> None:
         self.arrival = arrival
         self.caller = caller
         self.facts = facts
-        self.route = route
+        self.model = model
+        self.route = model.routes[0]
+        """The one in use; another takes its place when it failed and nothing was billed."""
         self.price = price
         self.hold_nanos = 0
         self.input_ceiling = 0
@@ -148,7 +160,7 @@ class Call:
         arrival, principal, price = self.arrival, self.caller.principal, self.price
         started_at = datetime.fromtimestamp(arrival.started_at, UTC)
         self.receipt = replace(
-            self.route.blank_receipt,
+            self.model.blank_receipt,
             request_id=arrival.request_uid,
             source_reference=arrival.request_id,
             billing_account_id=principal.account_id,
@@ -164,6 +176,17 @@ class Call:
             finished_at=started_at,
         )
         return self.receipt
+
+    def next_route(self, failed: FailedAttempt) -> None:
+        """Go on with the next route; the receipt keeps what the one before it did."""
+        receipt = self.receipt
+        assert receipt is not None
+        self.route = self.model.routes[receipt.attempt]
+        receipt.attempt += 1
+        receipt.provider = self.route.provider
+        receipt.failed_attempts = (*receipt.failed_attempts, failed)
+        self.upstream_request_id = ""
+        self.is_sent = False
 
     def end_receipt(self, outcome: Outcome) -> ChargeReceipt:
         """The same receipt, as the call stands now: whoever got it at the beginning took a copy."""

@@ -1,22 +1,28 @@
 """Stage 3: send the call upstream, and say what a bad answer means to the client.
 
-The provider's 401, 402 and 403 are about the operator's credential, never the caller's, so they
-must not look like the caller's; its 429 is not the tenant's own limit.
+The routes of a model are tried in order, as long as nothing can have been billed. The provider's
+401, 402 and 403 are about the operator's credential, never the caller's, so they must not look
+like the caller's; its 429 is not the tenant's own limit.
 """
 
+import logging
 import time
 from decimal import Decimal
 
 import msgspec
 
 from billing.money import read_reported_usd
+from billing.receipts import FailedAttempt, writable
 from gateway.errors import NOT_CHARGED, ApiError, upstream_error
 from gateway.protocols.chat import upstream_body
 from gateway.protocols.chat_answer import read_answer
 from gateway.providers.upstream import UpstreamFailed, UpstreamReply, UpstreamRequest
 from gateway.relay.call import Call
+from gateway.relay.client import Client
 from gateway.relay.watchdog import DeadlineMissed, Watchdog
 from gateway.services import Services
+
+log = logging.getLogger("gateway.relay")
 
 CHAT_PATH = "/chat/completions"
 ERROR_BYTES_MAX = 64 * 1024
@@ -24,6 +30,17 @@ ERROR_READ_S = 10.0
 MESSAGE_CHARS_MAX = 2000
 # What the caller can mend keeps its status.
 CALLERS_OWN = frozenset({400, 413, 415, 422})
+# A provider that says it took too long (524: the server behind a CDN) may still be at work, and
+# bill for it. As with our own deadline no other route is tried: the user would wait once more, and
+# the operator might pay twice.
+TOO_LATE = frozenset({408, 504, 524})
+REASONS = {
+    **dict.fromkeys(CALLERS_OWN, "refused"),
+    **dict.fromkeys(TOO_LATE, "timeout"),
+    **dict.fromkeys((401, 402, 403), "credential"),
+    404: "unknown_model",
+    429: "rate_limited",
+}
 RETRY_AFTER_MAX_S = 60
 # Header of a cost in USD: https://docs.litellm.ai/docs/proxy/cost_tracking
 COST_HEADER = "x-litellm-response-cost"
@@ -36,15 +53,39 @@ class _Error(msgspec.Struct):
     param: str | None = None
 
 
-async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
-    """Send the call; returns when the head of the answer is there.
+async def forward(services: Services, call: Call, dog: Watchdog, client: Client) -> UpstreamReply:
+    """Send the call; returns when the head of the answer is there, whatever its status.
 
-    Raises UpstreamFailed or DeadlineMissed.
+    The answer is of the first route that did not fail for free, or of the last one. Raises
+    UpstreamFailed or DeadlineMissed.
     """
+    while True:
+        waited_s = call.upstream_wait_s
+        try:
+            reply = await _send(services, call, dog)
+        except UpstreamFailed as exc:
+            # What was sent in part may have been read, and billed: the client is told so instead.
+            if exc.may_have_billed or not _has_next(call, dog, client):
+                raise
+            _take_next(services, call, waited_s, None, exc.reason)
+            continue
+        status = reply.status
+        if status < 300 or status in CALLERS_OWN:
+            return reply
+        if status in TOO_LATE or not _has_next(call, dog, client):
+            note_failure(services, call, reason_of(status), f"HTTP {status}")
+            return reply
+        # Nobody waits for the rest of it; when all of it is there, its connection stays usable.
+        reply.close()
+        _take_next(services, call, waited_s, status, f"HTTP {status}")
+
+
+async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
+    route = call.route
     request = UpstreamRequest(
         path=CHAT_PATH,
-        model=call.route.upstream_model,
-        body=upstream_body(call.facts, call.route.upstream_model),
+        model=route.upstream_model,
+        body=upstream_body(call.facts, route.upstream_model),
         stream=call.facts.stream,
         request_id=call.request_id,
     )
@@ -53,12 +94,52 @@ async def forward(services: Services, call: Call, dog: Watchdog) -> UpstreamRepl
     await services.till.forwarded_soon(call.caller.scopes, call.request_id)
     call.is_sent = True
     began = time.monotonic()
-    reply = await dog.wait(call.route.upstream.send(request), call.route.first_byte_timeout_s)
-    call.upstream_wait_s = time.monotonic() - began
+    try:
+        reply = await dog.wait(route.upstream.send(request), route.first_byte_timeout_s)
+    finally:
+        call.upstream_wait_s += time.monotonic() - began
     # Bytes that are no text come as surrogates, which fit into no receipt.
     provider_id = (reply.header("x-request-id") or "")[:256]
     call.upstream_request_id = provider_id if provider_id.isprintable() else ""
     return reply
+
+
+def _has_next(call: Call, dog: Watchdog, client: Client) -> bool:
+    """Whether another route is left, and anybody to try it for."""
+    receipt = call.receipt
+    assert receipt is not None
+    return receipt.attempt < len(call.model.routes) and not client.gone and not dog.is_over
+
+
+def _take_next(
+    services: Services, call: Call, waited_s: float, status: int | None, why: str
+) -> None:
+    """Note what this route did and go on with the next. waited_s: for those before it."""
+    route, reason = call.route, reason_of(status)
+    note_failure(services, call, reason, why)
+    failed = FailedAttempt(
+        provider=route.provider,
+        upstream_model=writable(route.upstream_model),
+        status=status,
+        reason=reason,
+        ms=int((call.upstream_wait_s - waited_s) * 1000),
+    )
+    call.next_route(failed)
+
+
+def note_failure(services: Services, call: Call, reason: str, why: str) -> None:
+    """Tell the operator that an attempt failed. reason is one of a few words, why says more."""
+    provider = call.route.provider
+    services.metrics.count_upstream_failure(provider, reason)
+    facts = {"request_id": call.request_id, "provider": provider, "reason": why}
+    log.warning("upstream.failed", extra=facts)
+
+
+def reason_of(status: int | None) -> str:
+    """One of a few words for metrics and receipts; None: no connection, so no answer."""
+    if status is None:
+        return "no_connection"
+    return REASONS.get(status) or ("server_error" if status >= 500 else "odd_status")
 
 
 def cost_in_header(reply: UpstreamReply) -> Decimal | None:
@@ -126,7 +207,7 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
     if status == 404:
         message = "The provider does not know this model (HTTP 404). Tell the operator."
         return upstream_error(f"{message} {NOT_CHARGED}")
-    if status in {408, 504}:
+    if status in TOO_LATE:
         message = f"The provider took too long (HTTP {status}). {NOT_CHARGED}"
         return upstream_error(message, status=504, code="upstream_timeout")
     return upstream_error(f"The provider failed (HTTP {status}){said} {NOT_CHARGED}")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 
-from gateway.errors import NOT_CHARGED, ApiError, invalid, unavailable
+from gateway.errors import NOT_CHARGED, ApiError, late_body, unavailable
 from gateway.http1.exchange import Exchange, Header
 from gateway.relay.call import Arrival
 
@@ -111,10 +111,7 @@ async def _read_slowly(
                 bodies.add(len(part))
                 counted += len(part)
     except TimeoutError as exc:
-        # Never 408: SDKs repeat it by themselves.
-        exc_400 = invalid("The body did not arrive in time.")
-        exc_400.headers = ((b"connection", b"close"),)
-        raise exc_400 from exc
+        raise late_body() from exc
     finally:
         bodies.bytes -= counted
 

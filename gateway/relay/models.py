@@ -9,7 +9,7 @@ from billing.errors import BillingError
 from gateway.errors import ApiError, to_api_error
 from gateway.http1.exchange import Exchange
 from gateway.protocols.chat import MODEL_LENGTH_MAX, unknown_model
-from gateway.relay.call import Arrival, ModelRoute
+from gateway.relay.call import Arrival, PublicModel
 from gateway.relay.http_in import JSON, own_headers, send_answer, send_error
 from gateway.services import Services
 from keys.errors import KeysError
@@ -22,7 +22,7 @@ DIGITS = 9 + 6 + 4
 
 async def list_models(services: Services, arrival: Arrival, exchange: Exchange) -> None:
     def answer() -> object:
-        models = [_model(services, route) for route in services.catalog.all()]
+        models = [_model(services, model) for model in services.catalog.all()]
         return {"object": "list", "data": models}
 
     await _answer(services, arrival, exchange, answer)
@@ -30,11 +30,11 @@ async def list_models(services: Services, arrival: Arrival, exchange: Exchange) 
 
 async def one_model(services: Services, arrival: Arrival, exchange: Exchange, model: str) -> None:
     def answer() -> object:
-        route = services.catalog.find(model)
-        if route is None:
+        found = services.catalog.find(model)
+        if found is None:
             name = model[:MODEL_LENGTH_MAX]
             raise unknown_model(name, services.catalog.nearest(name))
-        return _model(services, route)
+        return _model(services, found)
 
     await _answer(services, arrival, exchange, answer)
 
@@ -54,26 +54,26 @@ async def _answer(
     send_answer(exchange, 200, [JSON, *own_headers(arrival)], msgspec.json.encode(answer))
 
 
-def _model(services: Services, route: ModelRoute) -> dict[str, object]:
-    version = services.prices.at(route.model, datetime.now(UTC))
-    model: dict[str, object] = {
-        "id": route.model,
+def _model(services: Services, model: PublicModel) -> dict[str, object]:
+    version = services.prices.at(model.name, datetime.now(UTC))
+    shown: dict[str, object] = {
+        "id": model.name,
         "object": "model",
         "created": CREATED,
-        "owned_by": route.owned_by,
-        "context_length": route.context_tokens,
-        "max_output_tokens": route.output_tokens_max,
+        "owned_by": model.owned_by,
+        "context_length": model.context_tokens,
+        "max_output_tokens": model.output_tokens_max,
     }
     if version is not None:
         rates = version.rates
-        model["pricing"] = {
-            "prompt": _per_token(rates.input_rate, route.markup_bps),
-            "completion": _per_token(rates.output_rate, route.markup_bps),
-            "input_cache_read": _per_token(rates.cached_input_rate, route.markup_bps),
-            "input_cache_write": _per_token(rates.cache_write_rate, route.markup_bps),
-            "internal_reasoning": _per_token(rates.reasoning_rate, route.markup_bps),
+        shown["pricing"] = {
+            "prompt": _per_token(rates.input_rate, model.markup_bps),
+            "completion": _per_token(rates.output_rate, model.markup_bps),
+            "input_cache_read": _per_token(rates.cached_input_rate, model.markup_bps),
+            "input_cache_write": _per_token(rates.cache_write_rate, model.markup_bps),
+            "internal_reasoning": _per_token(rates.reasoning_rate, model.markup_bps),
         }
-    return model
+    return shown
 
 
 def _per_token(rate: int, markup_bps: int) -> str:

@@ -1,8 +1,11 @@
 """The way of a chat completion: authenticate, read, admit, then the reply does the rest."""
 
+import time
+
 from billing.errors import BillingError
+from billing.idempotency import Claim
 from billing.receipts import Outcome
-from gateway.errors import ApiError, to_api_error
+from gateway.errors import ApiError, to_api_error, unavailable
 from gateway.http1.exchange import Exchange
 from gateway.protocols import chat
 from gateway.relay.admit import admit, prepare
@@ -15,6 +18,7 @@ from gateway.relay.http_in import (
     read_body,
     send_error,
 )
+from gateway.relay.once import ADMITTED_WITHIN_S, HEADER, HELD_BY_ANOTHER, check_key, make_claim
 from gateway.relay.record import record
 from gateway.relay.reply import Reply
 from gateway.relay.seen import Seen
@@ -30,8 +34,11 @@ async def chat_completions(services: Services, arrival: Arrival, exchange: Excha
     call: Call | None = None
     is_admitted = False
     try:
-        call = await _prepared(services, arrival, exchange)
-        await admit(services, call)
+        call, claim = await _prepared(services, arrival, exchange)
+        if claim is None:
+            await admit(services, call)
+        else:
+            await _admit_once(services, call, claim)
         is_admitted = True
     except ClientLeft:
         services.metrics.count_request(ROUTE, 0, "client_left")
@@ -50,12 +57,33 @@ async def chat_completions(services: Services, arrival: Arrival, exchange: Excha
     services.metrics.count_request(ROUTE, reply.client.status, reply.code)
 
 
-async def _prepared(services: Services, arrival: Arrival, exchange: Exchange) -> Call:
+async def _admit_once(services: Services, call: Call, claim: Claim) -> None:
+    """Admit the request that has its Idempotency-Key to itself, or leave the key to others."""
+    began = time.monotonic()
+    try:
+        await services.claims.take(call.caller.scopes, claim)
+        await admit(services, call)
+        if time.monotonic() - began > ADMITTED_WITHIN_S:
+            raise unavailable("Admitting this request took too long.")
+    except HELD_BY_ANOTHER:
+        raise
+    except BaseException:
+        # Before the refusal is sent, so that whoever mends the request can send it at once.
+        await finish(services.claims.release(claim))
+        raise
+
+
+async def _prepared(
+    services: Services, arrival: Arrival, exchange: Exchange
+) -> tuple[Call, Claim | None]:
     settings = services.settings
     headers = dict(exchange.headers)
     check_headers(exchange, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
     note_labels(arrival, headers)
+    once_key = headers.get(HEADER)
+    if once_key is not None:
+        check_key(once_key)
     limits, timeouts = settings.limits, settings.timeouts
     body = await read_body(
         exchange, headers, limits.body_bytes_max, timeouts.body_s, services.bodies
@@ -64,11 +92,12 @@ async def _prepared(services: Services, arrival: Arrival, exchange: Exchange) ->
         facts = chat.read_facts(body)
     else:
         facts = await services.aside.run(lambda: chat.read_facts(body))
-    return prepare(services, arrival, caller, facts)
+    call = prepare(services, arrival, caller, facts)
+    return call, None if once_key is None else await make_claim(services.aside, call, once_key)
 
 
 async def _void(services: Services, call: Call) -> None:
     """The till did not say whether the hold is there: one free receipt ends it in any case."""
     settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
     record(services, call, settled.receipt)
-    await wait_settled(settled)
+    await wait_settled(services, settled)

@@ -7,7 +7,6 @@ Failure: every way a provider can fail becomes an error the client understands, 
 """
 
 import asyncio
-import logging
 import time
 from decimal import Decimal
 
@@ -19,7 +18,7 @@ from gateway.providers.upstream import UpstreamFailed, UpstreamReply
 from gateway.relay.body import relay_body
 from gateway.relay.call import Call
 from gateway.relay.client import Client
-from gateway.relay.forward import cost_in_header, forward, read_error
+from gateway.relay.forward import cost_in_header, forward, note_failure, read_error
 from gateway.relay.http_in import CORS, JSON
 from gateway.relay.record import record
 from gateway.relay.seen import Seen
@@ -35,8 +34,6 @@ from gateway.relay.settle import (
 from gateway.relay.stream import relay_stream
 from gateway.relay.watchdog import DeadlineMissed, Watchdog
 from gateway.services import Services
-
-log = logging.getLogger("gateway.relay")
 
 
 class Reply:
@@ -76,7 +73,7 @@ class Reply:
 
     async def _relay(self) -> None:
         try:
-            self.upstream = await forward(self.services, self.call, self.dog)
+            self.upstream = await forward(self.services, self.call, self.dog, self.client)
             if not 200 <= self.upstream.status < 300:
                 await self.fail(await read_error(self.upstream, self.dog), Outcome.VOIDED)
                 return
@@ -92,8 +89,8 @@ class Reply:
             await self._too_late()
 
     async def _upstream_failed(self, exc: UpstreamFailed) -> None:
-        facts = {"request_id": self.call.request_id, "provider": self.call.route.provider}
-        log.warning("upstream.failed", extra={**facts, "reason": exc.reason})
+        reason = "broke_off" if exc.may_have_billed else "no_connection"
+        note_failure(self.services, self.call, reason, exc.reason)
         if self.client.gone and (self.client.head_sent or self.seen.text()):
             self._is_cut_off = True  # what came before it failed is charged
             return
@@ -105,6 +102,7 @@ class Reply:
         if self.client.gone:
             self._is_cut_off = True
             return
+        note_failure(self.services, self.call, "timeout", "no answer in time")
         message = f"The provider did not answer in time. {NOT_CHARGED}"
         exc = upstream_error(message, status=504, code="upstream_timeout", may_have_billed=True)
         await self.fail(exc, Outcome.UPSTREAM_FAILED)
@@ -113,7 +111,7 @@ class Reply:
         """End the call free of charge and answer with an error. Only before any of the answer."""
         assert not self.client.head_sent
         self.code = exc.label
-        await wait_settled(self.settle(outcome, VOID))
+        await wait_settled(self.services, self.settle(outcome, VOID))
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
         length = (b"content-length", b"%d" % len(body))
@@ -152,7 +150,7 @@ class Reply:
                 outcome = Outcome.CLIENT_LEFT
                 bill = await self.bill()
         finally:
-            await wait_settled(self.settle(outcome, bill))
+            await wait_settled(self.services, self.settle(outcome, bill))
 
     def uncounted(self) -> tuple[bool, str]:
         """What no checkpoint counted yet: whether the prompt is part of it, and the text."""

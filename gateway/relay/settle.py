@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 # How long an answer waits for Postgres when the till is silent. The receipt is safe either way.
 COMMIT_WAIT_S = 1.0
+# And then for the disk, when neither has it.
+SPOOL_WAIT_S = 0.5
 
 
 class Bill(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +82,7 @@ def _reported_usd(call: Call, seen: Seen, header_usd: Decimal | None) -> Decimal
 
 
 def _bill(call: Call, usage: Usage, source: UsageSource, reported: Decimal | None) -> Bill:
-    charge = charge_for(usage, call.rates, reported, call.route.markup_bps, call.hold_nanos)
+    charge = charge_for(usage, call.rates, reported, call.model.markup_bps, call.hold_nanos)
     return Bill(usage=usage, usage_source=source, charge=charge)
 
 
@@ -111,21 +113,29 @@ def end_call(services: Services, call: Call, outcome: Outcome, bill: Bill, seen:
     return settled
 
 
-async def wait_settled(settled: Settled) -> int | None:
-    """Wait until till or book has the receipt; the account's available nanos if the till told.
+async def wait_settled(services: Services, settled: Settled) -> int | None:
+    """Wait until the receipt is safe; the account's available nanos if the till told.
 
-    Gives up after about a second: the receipt is on its way and cannot be lost by that.
+    In the till, else in the book, else in the spool; after little more than a second it is none of
+    them and the answer goes on all the same: the settler has it for as long as this worker lives.
     """
     try:
         reply = await _untouched(settled.till_reply)
     except BillingError:
-        try:
-            async with asyncio.timeout(COMMIT_WAIT_S):
-                await asyncio.shield(settled.committed)
-        except (TimeoutError, BillingError):
-            log.warning("settle.unanswered", extra={"request_id": settled.request_id})
+        await _wait_kept(services, settled)
         return None
     return int(reply[1])
+
+
+async def _wait_kept(services: Services, settled: Settled) -> None:
+    try:
+        async with asyncio.timeout(COMMIT_WAIT_S):
+            await asyncio.shield(settled.committed)
+    except (TimeoutError, BillingError):
+        spool = services.spool
+        is_kept = spool is not None and await spool.keep(settled, SPOOL_WAIT_S)
+        facts = {"request_id": settled.request_id, "spooled": is_kept}
+        log.warning("settle.unanswered", extra=facts)
 
 
 async def _untouched(future: asyncio.Future[T]) -> T:

@@ -167,7 +167,8 @@ class _StreamRelay:
     async def _complete(self) -> None:
         """The whole answer came: settle, then tell the client what it cost and that it ended."""
         bill = await self.reply.bill()
-        await wait_settled(self.reply.settle(Outcome.COMPLETE, bill))
+        settled = self.reply.settle(Outcome.COMPLETE, bill)
+        await wait_settled(self.reply.services, settled)
         await self._end(self._usage_frame(bill) if self.wants_usage else b"")
 
     async def _end_without_done(self) -> None:
@@ -203,7 +204,8 @@ class _StreamRelay:
         # Nothing was delivered, nothing is guessed: only the provider's own word counts.
         if bill.usage_source is UsageSource.COUNTED and not bill.usage.output_tokens:
             bill = VOID
-        await wait_settled(self.reply.settle(Outcome.UPSTREAM_FAILED, bill))
+        settled = self.reply.settle(Outcome.UPSTREAM_FAILED, bill)
+        await wait_settled(self.reply.services, settled)
         self.reply.code = error.label
         receipt_id = f"receipt rcpt_{self.reply.call.request_id}"
         if bill.charge.price_nanos:

@@ -1,7 +1,7 @@
 """What the relay's tests share: a gateway for a whole module, prices by hand, and a clean end.
 
-A module says what it needs in MODELS (public id to model) and OVERRIDES (settings); its tests run
-on the module's event loop.
+A module says what it needs in MODELS (public id to model) and OVERRIDES (settings), or, when these
+need the provider's address, overrides_at; its tests run on the module's event loop.
 """
 
 import json

@@ -66,8 +66,9 @@ def test_a_made_id_is_like_any_other_uuid() -> None:
 def test_a_fork_makes_ids_of_its_own() -> None:
     script = (
         "import os\nfrom config.ids import new_id\nnew_id()\npid = os.fork()\n"
-        "print([new_id().int & (1 << 62) - 1 for _ in range(500)], flush=True)\n"
-        "if pid: os.waitpid(pid, 0)\nelse: os._exit(0)\n"
+        "made = [new_id().int & (1 << 62) - 1 for _ in range(500)]\n"
+        # One after the other: a line is longer than what a pipe takes in one piece.
+        "if pid: os.waitpid(pid, 0)\nprint(made, flush=True)\nif not pid: os._exit(0)\n"
     )
     root = str(Path(__file__).parents[2])
     said = subprocess.run(

@@ -54,6 +54,18 @@ def price(**fields: str) -> str:
     return f"INSERT INTO model_prices ({', '.join(values)}) SELECT {', '.join(values.values())}"
 
 
+def claim(**fields: str) -> str:
+    values = {
+        "virtual_key_id": "$2::uuid",
+        "key_digest": "sha256('k')",
+        "body_digest": "sha256('b')",
+        "request_id": "gen_random_uuid()",
+        **fields,
+    }
+    columns, row = ", ".join(values), ", ".join(values.values())
+    return f"INSERT INTO idempotent_requests ({columns}) SELECT {row}"
+
+
 def copied_receipt(column: str, value: str) -> str:
     """The receipt that is there, once more, with one column changed."""
     columns = (
@@ -146,6 +158,9 @@ STATEMENTS = {
     "a spend of no key": "INSERT INTO scope_spend SELECT gen_random_uuid(), now()",
     "a second epoch": "INSERT INTO till_epoch (epoch) VALUES (2)",
     "an epoch of another row": "INSERT INTO till_epoch VALUES (false, 2)",
+    "a claim with a short key digest": claim(key_digest="'\\x00'"),
+    "a claim with a short body digest": claim(body_digest="'\\x00'"),
+    "a claim of no key": claim(virtual_key_id="gen_random_uuid()"),
     "an epoch of nothing": "UPDATE till_epoch SET epoch = 0",
     "two operator keys with one digest": (
         "INSERT INTO operator_keys SELECT gen_random_uuid(), 'n', 'abcd', sha256('x') "
@@ -258,6 +273,7 @@ RECEIPTS: dict[str, Callable[[Account], dict[str, Any]]] = {
     "no known outcome": lambda a: {"outcome": "odd"},
     "no known provenance": lambda a: {"provenance": "odd"},
     "no attempt": lambda a: {"attempt": 0},
+    "failed attempts that are no list": lambda a: {"failed_attempts": {}},
     "negative retries": lambda a: {"client_retry_count": -1},
     "an unknown price version": lambda a: {"price_version": 404},
     "an unknown virtual key": lambda a: {"virtual_key_id": a.id, "app_key_id": None},

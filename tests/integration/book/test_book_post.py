@@ -12,7 +12,13 @@ from billing import book, history
 from billing.book import BookRefused, Pool
 from billing.errors import BookUnavailable
 from billing.posting import post_receipts
-from billing.receipts import ChargeReceipt, Outcome, decode_receipt, encode_receipt
+from billing.receipts import (
+    ChargeReceipt,
+    FailedAttempt,
+    Outcome,
+    decode_receipt,
+    encode_receipt,
+)
 from billing.till_epoch import AccountState
 from tests.support.books import Account, balance, check_book, make_account, open_pool
 
@@ -57,6 +63,11 @@ async def test_every_field_of_a_receipt_is_kept(book_url: str) -> None:
             upstream_request_id="req",
             run_id="run",
             attempt=2,
+            failed_attempts=(
+                FailedAttempt(
+                    provider="p", upstream_model='m "1"', status=503, reason="server_error", ms=7
+                ),
+            ),
             graph_id="graph",
             client_retry_count=3,
             client_request_id="mine",

@@ -19,7 +19,10 @@ async def relay_of_module(
 ) -> AsyncIterator[Relay]:
     module = request.module
     url = upstream_process.base_url
-    settings = make_settings(url, module.MODELS, **getattr(module, "OVERRIDES", {}))
+    overrides = getattr(module, "OVERRIDES", {})
+    if hasattr(module, "overrides_at"):  # what needs the provider's address
+        overrides = module.overrides_at(url)
+    settings = make_settings(url, module.MODELS, **overrides)
     name = "t_" + module.__name__.rsplit(".", 1)[-1]
     async with running_relay(template_url, valkey_url, url, settings, name) as relay:
         yield relay

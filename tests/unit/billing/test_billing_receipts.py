@@ -13,6 +13,7 @@ from billing.prices import CostSource
 from billing.receipts import (
     TEXT_CHARS_MAX,
     ChargeReceipt,
+    FailedAttempt,
     Outcome,
     Provenance,
     clean_texts,
@@ -25,6 +26,14 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 COUNT = st.integers(0, 2**53 - 1)
 ZONES = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))])
 MOMENTS = st.datetimes(datetime(2020, 1, 1), datetime(2100, 1, 1), timezones=ZONES)  # noqa: DTZ001
+ATTEMPTS = st.builds(
+    FailedAttempt,
+    provider=TEXT,
+    upstream_model=TEXT,
+    status=st.none() | st.integers(300, 599),
+    reason=TEXT,
+    ms=COUNT,
+)
 RECEIPTS = st.builds(
     ChargeReceipt,
     request_id=st.uuids(),
@@ -47,6 +56,7 @@ RECEIPTS = st.builds(
     cost_source=st.sampled_from(CostSource),
     usage_source=st.sampled_from(UsageSource),
     outcome=st.sampled_from(Outcome),
+    failed_attempts=st.lists(ATTEMPTS, max_size=3).map(tuple),
     provenance=st.sampled_from(Provenance),
     started_at=MOMENTS,
     first_byte_at=st.none() | MOMENTS,

@@ -299,7 +299,7 @@ async def test_an_asgi_application_is_served_and_told_when_its_client_leaves() -
         await send({"type": "http.response.body", "body": b"!"})  # type: ignore[operator]
 
     async def app(exchange: Exchange) -> None:
-        await serve_asgi(asgi, exchange)
+        await serve_asgi(asgi, exchange, body_s=10, write_stall_s=10)
 
     async with serving(app) as served:
         request = b"POST /%b?a=b HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n"
