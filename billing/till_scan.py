@@ -144,6 +144,12 @@ class TillScan:
         found = await self._keys_by_shard(f"fb:{{{name}}}:*", deadline)
         return await self._read_shard(name, found.get(name, []))
 
+    async def keys(self, pattern: str) -> list[bytes]:
+        """The keys of our shards that fit, in order."""
+        deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
+        found = await self._keys_by_shard(pattern, deadline)
+        return sorted(key for keys in found.values() for key in keys)
+
     async def patterns(self) -> list[str]:
         """Names of parts, each of which is small enough to be looked at at once."""
         async with _translated():

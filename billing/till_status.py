@@ -11,9 +11,20 @@ import msgspec
 from billing.audit_till import begun_ms
 from billing.book import Connection
 from billing.fleet import list_workers, read_epoch
-from billing.till_entries import Shard
+from billing.till_entries import PLAINTEXT_KEY, Shard
 from billing.till_epoch import SHARDS, epoch_key
 from billing.till_scan import TillScan
+
+# What was set aside, and how it is read, by its type.
+ASIDE = "fb:{s??}:odd:*"
+READERS: dict[bytes, tuple[str, tuple[int, ...]]] = {
+    b"hash": ("HGETALL", ()),
+    b"string": ("GET", ()),
+    b"zset": ("ZRANGE", (0, -1)),
+    b"list": ("LRANGE", (0, -1)),
+    b"set": ("SMEMBERS", ()),
+}
+SHOWN_CHARS_MAX = 4000
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -112,3 +123,24 @@ def _add(status: Status, shard: Shard, now_ms: int) -> None:
         if entry.receipt is not None:
             age_s = now_ms // 1000 - int(entry.receipt.finished_at.timestamp())
             status.oldest_outbox_s = max(status.oldest_outbox_s, age_s)
+
+
+async def list_aside(till: TillScan) -> list[dict[str, str]]:
+    """What rebuilds set aside: name, and content as text without secrets."""
+    found = []
+    for key in await till.keys(ASIDE):
+        command, more = READERS.get(await till.run("TYPE", key), ("DUMP", ()))
+        content = str(await till.run(command, key, *more)).encode()
+        text = PLAINTEXT_KEY.sub(b"fb_***", content).decode()[:SHOWN_CHARS_MAX]
+        found.append({"key": _name(key), "content": text})
+    return found
+
+
+async def drop_aside(till: TillScan, name: str) -> bool:
+    """Forget one of them for good; False when there is no such thing."""
+    keys = [key for key in await till.keys(ASIDE) if _name(key) == name]
+    return bool(keys) and bool(await till.run("DEL", *keys))
+
+
+def _name(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")

@@ -82,5 +82,24 @@ def rebuild(config: Path | None, data_dir: Path | None, as_json: bool, yes: bool
         click.echo(f"set aside: {name}")
 
 
+@till.command("aside")
+@click.option("--drop", default="", help="Forget this one, for good.")
+@common
+def aside(config: Path | None, data_dir: Path | None, as_json: bool, drop: str) -> None:
+    """What rebuilds could not read and set aside."""
+
+    async def work() -> list[dict[str, str]]:
+        from billing.till_scan import open_till
+        from billing.till_status import drop_aside, list_aside
+
+        async with stores(config, data_dir) as urls, open_till(urls.till_url) as scan:
+            if drop and not await drop_aside(scan, drop):
+                end(1, f"{drop}: no such thing is set aside")
+            return await list_aside(scan)
+
+    rows = run(work())
+    show.as_json(rows) if as_json else show.table(["key", "content"], rows)
+
+
 def _on_stderr(line: str) -> None:
     click.echo(line, err=True)

@@ -15,6 +15,8 @@ from billing.fleet import REBUILD_LOCK
 from billing.receipts import Outcome, encode_receipt
 from billing.till import Renewal
 from billing.till_rebuild import RebuildRefused
+from billing.till_scan import open_till
+from billing.till_status import drop_aside, list_aside
 from gateway.cli.audit import run_audit
 from gateway.cli.till import till as till_command
 from tests.support.audit_spoiler import TILL, Spoiler
@@ -130,8 +132,16 @@ async def test_what_cannot_be_read_is_set_aside_under_a_name_that_is_told(world:
         kept = await client.hget(hold, "draft")
         key, _, field = entry.partition(" ")
         kept_entry = await client.hget(key, field)
+        async with open_till(url) as scan:
+            shown = {row["key"]: row["content"] for row in await list_aside(scan)}
+            dropped = [await drop_aside(scan, name) for name in (hold, hold, spoiler.account)]
+        there = await client.exists(hold, spoiler.account)
 
     assert (kept, kept_entry) == (b"{", b"1.5 {}")
+    assert set(shown) == {hold, key}
+    assert "1.5 {}" in shown[key]
+    # Only what was set aside can be dropped this way.
+    assert (dropped, there) == ([True, False, False], 1)
     assert report.is_clean, explain(report)
     notes = {note.what: note.count for note in report.notes}
     assert notes["keys set aside by a rebuild"] == 2
