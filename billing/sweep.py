@@ -56,10 +56,15 @@ class Sweeper:
     """One sweeper and what it remembers between rounds."""
 
     def __init__(self, pool: Pool, till: Till, *, grace_s: Seconds, takeover_s: Seconds) -> None:
-        """grace_s: how long a lease must be over; takeover_s: how old an outbox entry must be."""
+        """grace_s: how long a lease must be over under our eyes; takeover_s: how old an outbox
+        entry must be."""
         self._pool = pool
         self._till = till
+        self._grace_s = grace_s
         self._grace_ms = int(grace_s * 1000)
+        # Leases that are over: what they say, and since when we know.
+        self._lapsed: dict[bytes, tuple[bytes, Seconds]] = {}
+        self._lapsed_now: dict[bytes, tuple[bytes, Seconds]] = {}
         self._takeover_s = takeover_s
         self._seen: dict[str, Seconds] = {}
         self._rates: dict[int, Rates | None] = {}
@@ -69,11 +74,13 @@ class Sweeper:
         """One round; returns how many holds and outbox entries were ended, by what was done."""
         done: Counter[str] = Counter()
         now_ms = await self._now_ms()
-        over, limit = now_ms - self._grace_ms, ("WITHSCORES", "LIMIT", 0, PER_SHARD_MAX)
-        calls = [("ZRANGEBYSCORE", f"{prefix}leases", "-inf", over, *limit) for prefix in _PREFIXES]
+        limit = ("WITHSCORES", "LIMIT", 0, PER_SHARD_MAX)
+        key = "{}leases".format
+        calls = [("ZRANGEBYSCORE", key(name), "-inf", now_ms, *limit) for name in _PREFIXES]
         for prefix, leases in zip(_PREFIXES, await self._calls(calls), strict=True):
             if leases:
-                done += await self._sweep_holds(prefix, leases, now_ms)
+                done += await self._sweep_holds(prefix, leases)
+        self._lapsed, self._lapsed_now = self._lapsed_now, {}
         done += await self._take_over()
         return done
 
@@ -81,20 +88,36 @@ class Sweeper:
         second, micros = await self._till.link.command(("TIME",))
         return int(second) * 1000 + int(micros) // 1000
 
-    async def _sweep_holds(self, prefix: str, leases: Sequence[bytes], now_ms: int) -> Counter[str]:
+    async def _sweep_holds(self, prefix: str, leases: Sequence[bytes]) -> Counter[str]:
         done: Counter[str] = Counter()
-        forgotten = now_ms - FORGOTTEN_FACTOR * self._grace_ms
-        ends = {
-            name: float(score) <= forgotten
+        watched = {
+            name: self._watched_s(name, score)
             for name, score in zip(leases[::2], leases[1::2], strict=True)
         }
+        forgotten_s = FORGOTTEN_FACTOR * self._grace_s
+        ends = {name: s >= forgotten_s for name, s in watched.items() if s >= self._grace_s}
         held = await self._read_holds(prefix, ends)
+        if not held:
+            return done
         async with acquire(self._pool) as conn:
             alive = await living(conn, [hold.worker for hold in held])
         for hold in held:
             if hold.worker not in alive or hold.is_old:
                 done[await self._end(hold)] += 1
         return done
+
+    def _watched_s(self, name: bytes, score: bytes) -> Seconds:
+        """For how long we have watched this lease being over, by our own clock.
+
+        A till, or till and book, that were away come back with leases that nobody could renew and
+        workers that could not say that they live: that time must not count.
+        """
+        now = time.monotonic()
+        known, since = self._lapsed.get(name, (b"", now))
+        if known != score:
+            since = now
+        self._lapsed_now[name] = (score, since)
+        return now - since
 
     async def _read_holds(self, prefix: str, ends: dict[bytes, bool]) -> list[Held]:
         held = []
