@@ -15,6 +15,7 @@ from config.clock import seconds
 ROWS_AT_ONCE = 1000
 STATEMENT_TIMEOUT_S = seconds(600_000)
 REVOKED_GRACE_S = 5
+REQUEST_ID = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 # Text as it is, and the same bytes as Postgres shows a bytea.
 PLAINTEXT_KEY = (
     "fb_(live|test|op)_[0-9A-Za-z]{38}"
@@ -173,7 +174,7 @@ FROM (
         (array_agg(virtual_key_id))[1] AS virtual_key_id,
         (array_agg(app_key_id))[1] AS app_key_id
     FROM credit_ledger
-    WHERE reason = 'adjust' AND reference ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+    WHERE reason = 'adjust' AND reference ~ $1
     GROUP BY credit_ledger.reference
 ) AS a
 LEFT JOIN charge_receipts AS r ON r.request_id = a.reference
@@ -188,7 +189,7 @@ WHERE r.request_id IS NULL
 
 
 async def _check_adjustments(conn: Connection, check: Check) -> None:
-    async for row in _rows(conn, SELECT_WRONG_ADJUSTMENTS):
+    async for row in _rows(conn, SELECT_WRONG_ADJUSTMENTS, REQUEST_ID):
         ids = {"request_id": row["reference"], "billing_account_id": row["account_id"]}
         if row["request_id"] is None:
             check.add("adjustment without a receipt", "a receipt", "none", **ids)

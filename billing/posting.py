@@ -123,6 +123,7 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
         raise BookRefused(reason="a receipt names an account that is not in the book")
     changed = {}
     if states[0]["posted"] < len(receipts):
+        # crash-point: repeat.seen
         changed = await _adjust_late(conn, receipts)
     return [changed.get(row["id"]) or account_state(row, "") for row in states]
 
@@ -171,6 +172,7 @@ async def _adjust_late(
     async with translated(), conn.transaction():
         for guessed in await conn.fetch(SELECT_GUESSED, list(own)):
             receipt = own[guessed["request_id"]]
+            # crash-point: adjust.begin
             # The till may have forgotten that the hold grew: the user saw no more than this held.
             price = min(receipt.price_nanos, guessed["hold_nanos"])
             amount = guessed["price_nanos"] - price
@@ -183,6 +185,7 @@ async def _adjust_late(
                 state = await conn.fetchrow(UPDATE_ADJUSTED, *new.values())
                 assert state is not None  # the ledger row just written refers to it
                 changed[state["id"]] = account_state(state, "")
+                # crash-point: adjust.written
     return changed
 
 

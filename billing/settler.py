@@ -117,6 +117,7 @@ class Settler:
         clean_texts(receipt)
         data = encode_receipt(receipt)
         reply = self._till.settle(scopes, request_id, receipt.price_nanos, data)
+        # crash-point: settle.queued
         loop = asyncio.get_running_loop()
         committed = loop.create_future()
         settled = Settled(receipt, request_id, scopes, reply, committed, loop.time())
@@ -202,7 +203,9 @@ class Settler:
         # A settle still on its way must arrive first, or it would bring the outbox entry back.
         await _ended([settled.till_reply for _, group in groups for settled in group])
         replies = [self._till.confirm(_confirmation(*group)) for group in groups]
+        # crash-point: confirm.queued
         await _ended(replies)
+        # crash-point: confirm.answered
         self._confirming = []
         return [group for group, reply in zip(groups, replies, strict=True) if not _is_heard(reply)]
 
@@ -215,6 +218,7 @@ class Settler:
         delay_s = RETRY_FIRST_S
         while True:
             try:
+                # crash-point: commit.begin
                 async with acquire(self._pool) as conn:
                     states = await post_receipts(conn, [settled.receipt for settled in batch])
             except BookUnavailable as exc:
@@ -233,6 +237,7 @@ class Settler:
                 return
             else:
                 break
+        # crash-point: commit.done
         self._on_result("committed", len(batch))
         by_account: dict[Any, list[Settled]] = {}
         for settled in batch:

@@ -101,6 +101,7 @@ class Sweeper:
             return done
         async with acquire(self._pool) as conn:
             alive = await living(conn, [hold.worker for hold in held])
+        # crash-point: sweep.read
         for hold in held:
             if hold.worker not in alive or hold.is_old:
                 done[await self._end(hold)] += 1
@@ -176,6 +177,7 @@ class Sweeper:
                 "hold.sweep_refused", extra={"request_id": hold.request_id, "reply": exc.reply}
             )
             return "refused"
+        # crash-point: sweep.ended
         word = str(reply, "ascii")
         if word == "swept":
             # Posted in this very round.
@@ -234,6 +236,7 @@ class Sweeper:
         return now - self._seen.setdefault(request_id, now) >= self._takeover_s
 
     async def _post(self, receipts: Sequence[ChargeReceipt]) -> int:
+        # crash-point: takeover.begin
         try:
             async with acquire(self._pool) as conn:
                 states = await post_receipts(conn, receipts)
@@ -242,6 +245,7 @@ class Sweeper:
                 self._say_once(receipts[0].source_reference, exc.reason)
                 return 0
             return sum([await self._post([receipt]) for receipt in receipts])
+        # crash-point: takeover.done
         by_account: dict[Any, list[tuple[SpendScopes, str]]] = {}
         for receipt in receipts:
             entry = (scopes_of(receipt), receipt.source_reference)
@@ -253,6 +257,7 @@ class Sweeper:
             except TillRefused as exc:
                 # They are in the book; the till keeps its entries until somebody mends it.
                 self._say_once(entries[0][0].scope_keys[0], exc.reply)
+            # crash-point: takeover.confirmed
         return len(receipts)
 
     def _receipt(self, prefix: str, request_id: str, raw: bytes | None) -> ChargeReceipt | None:

@@ -318,6 +318,7 @@ class Till:
 
         async def read_and_seed() -> None:
             await self.seed(await self._book.read_account(account_id))
+            # crash-point: seed.done
 
         await self._reading.run(account_id, read_and_seed)
 

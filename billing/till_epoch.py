@@ -100,6 +100,7 @@ class TillEpoch:
         if self._has_ended(epoch, server):
             epoch = await self._book.bump_epoch(epoch.number, server)
             log.warning("till.epoch_began", extra={"epoch": epoch.number})
+            # crash-point: epoch.begun
             await self.set_shards(epoch.number, "close")
         if epoch.number != self.announced:
             self.announced = epoch.number
@@ -107,6 +108,7 @@ class TillEpoch:
         if epoch.number > 1 and epoch.others and epoch.age_ms < self._rebuild_ms:
             raise TillRebuilding
         await self.set_shards(epoch.number, "open")
+        # crash-point: epoch.opened
         self._kept = self.number = epoch.number
         self._server, self._generation = server, generation
         self._is_doubted = self._is_lost = False

@@ -281,6 +281,7 @@ class _Connection(asyncio.Protocol):
             out, self._out = self._out, []
             if self._transport is not None:
                 self._transport.write(b"".join(out))
+                # crash-point: link.written
         if self._flushes:
             flushes, self._flushes = self._flushes, []
             for future in flushes:
@@ -297,6 +298,7 @@ class _Connection(asyncio.Protocol):
         return future
 
     def data_received(self, data: bytes) -> None:
+        # crash-point: link.answered
         self._reader.feed(data)
         while True:
             try:

@@ -94,12 +94,14 @@ class HoldKeeper:
         await self._count(replies)
         still_open = [reply for reply in replies if reply.call.is_open]
         answers = [self._send(reply) for reply in still_open]
+        # crash-point: renew.queued
         for reply, answer in zip(still_open, answers, strict=True):
             try:
                 status = bytes((await answer)[0])
             except TillRefused as exc:
                 log.error("holds.renew_refused", extra={"reply": exc.reply})
                 continue
+            # crash-point: renew.answered
             reply.renewed_at = asyncio.get_running_loop().time()
             if status in {b"gone", b"settled"} and reply.call.is_open:
                 await self._look_for(reply)
@@ -135,6 +137,7 @@ class HoldKeeper:
         if await self._services.is_in_book(reply.call.arrival.request_uid):
             facts = {"request_id": f"req_{reply.call.request_id}"}
             log.error("hold.taken", extra=facts)
+            # crash-point: taken.noticed
             reply.lose_hold()
         elif reply.call.is_open:
             await self._send(reply, is_new=True)
@@ -148,6 +151,7 @@ class HoldKeeper:
         for reply in open_now:
             self._send(reply, is_new=True)
         settled = self._services.settler.settle_again()
+        # crash-point: epoch.placed
         if open_now or settled:
             facts = {"epoch": self._till.epoch.announced, "holds": len(open_now)}
             log.warning("holds.placed_again", extra={**facts, "receipts": settled})

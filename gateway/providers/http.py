@@ -62,6 +62,7 @@ class HttpClient:
             self._keep_sweeping()
             connection = await target.pool.connect(self._connect_timeout_s)
         waiter = connection.send(target.head, body)
+        # crash-point: upstream.written
         try:
             return await waiter
         except asyncio.CancelledError:

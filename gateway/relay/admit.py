@@ -47,8 +47,9 @@ async def admit(services: Services, call: Call) -> None:
     """
     receipt = call.open_receipt(Outcome.RECOVERED)
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
-    receipt.input_tokens = call.facts.text_bytes // BYTES_PER_TOKEN_MOST + 1
+    receipt.input_tokens = prompt_least(call.facts)
     draft = encode_receipt(receipt)
+    # crash-point: admit.begin
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
@@ -59,6 +60,13 @@ async def admit(services: Services, call: Call) -> None:
         # What never left this process cannot be held: a till that is down costs no receipts.
         call.is_open = exc.asked
         raise
+    # crash-point: admit.placed
+
+
+def prompt_least(facts: CallFacts) -> int:
+    """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
+    around = len(facts.body) - memoryview(facts.fields.get("messages", b"")).nbytes
+    return max((facts.text_bytes - around) // BYTES_PER_TOKEN_MOST, 1)
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:

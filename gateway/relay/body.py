@@ -48,6 +48,7 @@ async def relay_body(reply: "Reply") -> None:
         return
     bill = await reply.bill()
     available = await wait_settled(reply.services, reply.settle(Outcome.COMPLETE, bill))
+    # crash-point: body.settled
     usage = _priced(answer, bill, f"rcpt_{reply.call.request_id}")
     if len(body) >= LARGE_BYTES:
         await _send_large(reply, meter, usage, bill, available)
@@ -55,6 +56,7 @@ async def relay_body(reply: "Reply") -> None:
     body = with_usage(body, answer, usage)
     reply.client.head(200, _headers(reply, len(body), bill, available))
     reply.client.last(body)
+    # crash-point: body.sent
 
 
 async def _meter_large(reply: "Reply", parts: list[bytes]) -> BodyMeter:

@@ -89,15 +89,18 @@ async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
         stream=call.facts.stream,
         request_id=call.request_id,
     )
+    # crash-point: forward.unmarked
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     # With all that is said to the till in this turn of the loop, in one write at its end.
     await services.till.forwarded_soon(call.caller.scopes, call.request_id)
+    # crash-point: forward.marked
     call.is_sent = True
     began = time.monotonic()
     try:
         reply = await dog.wait(route.upstream.send(request), route.first_byte_timeout_s)
     finally:
         call.upstream_wait_s += time.monotonic() - began
+    # crash-point: forward.answered
     # Bytes that are no text come as surrogates, which fit into no receipt.
     provider_id = (reply.header("x-request-id") or "")[:256]
     call.upstream_request_id = provider_id if provider_id.isprintable() else ""

@@ -98,6 +98,7 @@ async def _prepared(
 
 async def _void(services: Services, call: Call) -> None:
     """The till did not say whether the hold is there: one free receipt ends it in any case."""
+    # crash-point: void.begin
     settled = end_call(services, call, Outcome.VOIDED, VOID, Seen())
     record(services, call, settled.receipt)
     await wait_settled(services, settled)

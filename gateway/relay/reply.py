@@ -112,6 +112,7 @@ class Reply:
         assert not self.client.head_sent
         self.code = exc.label
         await wait_settled(self.services, self.settle(outcome, VOID))
+        # crash-point: fail.settled
         request_id = f"req_{self.call.request_id}"
         body = exc.body(request_id)
         length = (b"content-length", b"%d" % len(body))
@@ -150,6 +151,7 @@ class Reply:
                 outcome = Outcome.CLIENT_LEFT
                 bill = await self.bill()
         finally:
+            # crash-point: left.settling
             await wait_settled(self.services, self.settle(outcome, bill))
 
     def uncounted(self) -> tuple[bool, str]:
@@ -162,7 +164,8 @@ class Reply:
         if receipt is None or not self.call.is_open:
             return
         if prompt_tokens is not None:
-            receipt.input_tokens = max(prompt_tokens, receipt.input_tokens)
+            # Counted, it replaces the estimate, which may be the higher one; 0: too long to count.
+            receipt.input_tokens = prompt_tokens or receipt.input_tokens
             self._is_prompt_counted = True
         if text:
             # A token may lie across the place where two checkpoints meet.
@@ -176,6 +179,7 @@ class Reply:
 
     def _client_left(self) -> None:
         """Read the provider on for its usage, but not for long, and not for too many at once."""
+        # crash-point: left.noticed
         services = self.services
         if services.drains >= services.settings.limits.drains_max:
             self.dog.shorten(0)

@@ -124,6 +124,7 @@ async def wait_settled(services: Services, settled: Settled) -> int | None:
     except BillingError:
         await _wait_kept(services, settled)
         return None
+    # crash-point: settle.answered
     return int(reply[1])
 
 

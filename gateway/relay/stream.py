@@ -102,9 +102,11 @@ class _StreamRelay:
         call = self.reply.call
         if call.first_byte_at is None:
             call.first_byte_at = time.time()
+            # crash-point: stream.first
             call.upstream_wait_s += self.last_at - self.began_at
         if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
             exchange.write(chunk)
+            # crash-point: stream.passed
             return not exchange.is_blocked
         if exchange.gone:
             self.drained += len(chunk)
@@ -159,6 +161,7 @@ class _StreamRelay:
             case PieceKind.USAGE:
                 # Kept until the end: some providers correct themselves, and the price goes into it.
                 self.usage_piece = piece
+                # crash-point: stream.usage
             case PieceKind.ERROR:
                 await self._deliver_error(piece)
             case PieceKind.DONE:
@@ -166,6 +169,7 @@ class _StreamRelay:
 
     async def _complete(self) -> None:
         """The whole answer came: settle, then tell the client what it cost and that it ended."""
+        # crash-point: stream.complete
         bill = await self.reply.bill()
         settled = self.reply.settle(Outcome.COMPLETE, bill)
         await wait_settled(self.reply.services, settled)
@@ -219,6 +223,7 @@ class _StreamRelay:
         """[DONE] and the end of the response, at once: async SDKs drain the body after it."""
         self._start()
         self.client.last(last + sse.DONE_FRAME)
+        # crash-point: stream.done
 
     async def _write(self, data: bytes) -> None:
         self._start()

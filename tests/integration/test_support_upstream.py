@@ -323,6 +323,21 @@ def test_what_was_forwarded_can_be_read_back(upstream: Upstream) -> None:
     assert upstream.stats()["models"] == {"plain": 1}
 
 
+async def test_all_that_was_written_is_recorded_when_asked_for(upstream: Upstream) -> None:
+    upstream.record()
+    for _ in range(60):
+        outcome = await raw(upstream, "plain:tokens=2", STREAM)
+
+    seen = upstream.last()
+    assert len(seen) == 60
+    times, pieces = zip(*seen[-1]["written"], strict=True)
+    assert "".join(pieces).encode() == outcome.body
+    assert list(times) == sorted(times)
+    upstream.reset()
+    await raw(upstream, "plain:tokens=2", STREAM)
+    assert upstream.last()[-1]["written"] == []
+
+
 async def test_a_hundred_streams_at_once_are_all_served(upstream: Upstream) -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(raw(upstream, f"plain:prompt={i}", STREAM)) for i in range(100)]

@@ -1,12 +1,16 @@
 """A TCP proxy that fails on demand, each direction for itself.
 
-Modes of a direction: PASS forwards, STALL reads nothing (the sender's buffers fill), SWALLOW reads
-and forgets. A delay holds every piece back for that long, in order. `cut` ends the connections at
-once, `half_open` lets the far side vanish without a word, `refuse` takes no new ones.
+Modes of a direction: PASS forwards, TRICKLE forwards byte by byte, STALL reads nothing (the
+sender's buffers fill), SWALLOW reads and forgets. A delay holds every piece back for that long, in
+order; `cut_after` bytes the connections are cut, whatever stands there. `cut` ends the connections
+at once, `reset` does so with RST on both sides, `half_open` lets the far side vanish without a
+word, `refuse` takes no new ones.
 Failure: an error of either side closes both; nothing is raised into the test.
 """
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
@@ -17,6 +21,7 @@ PIECE_BYTES = 64 * 1024
 
 class Mode(StrEnum):
     PASS = "pass"
+    TRICKLE = "trickle"
     STALL = "stall"
     SWALLOW = "swallow"
 
@@ -27,6 +32,7 @@ class Direction:
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.bytes = 0
+        self.cut_after: int | None = None
         self._mode = Mode.PASS
         self._changed = asyncio.Event()
 
@@ -43,6 +49,23 @@ class Direction:
     async def ready(self) -> None:
         while self._mode is Mode.STALL:
             await self._changed.wait()
+
+    def allowed(self, data: bytes) -> bytes:
+        """As much of it as may pass before the cut."""
+        if self.cut_after is None:
+            return data
+        data = data[: self.cut_after]
+        self.cut_after -= len(data)
+        return data
+
+    async def pass_on(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+        size = 1 if self._mode is Mode.TRICKLE else PIECE_BYTES
+        for at in range(0, len(data), size):
+            self.bytes += len(data[at : at + size])
+            writer.write(data[at : at + size])
+            await writer.drain()
+            if size == 1:
+                await asyncio.sleep(0)  # a piece of its own, where the other side reads at once
 
 
 class FaultProxy:
@@ -95,13 +118,21 @@ class FaultProxy:
     def heal(self) -> None:
         """Forward again, and take new connections again."""
         self._is_refusing = False
-        self.to_server.delay_s = self.to_client.delay_s = 0.0
+        for way in (self.to_server, self.to_client):
+            way.delay_s, way.cut_after = 0.0, None
         self.both(Mode.PASS)
 
     def cut(self) -> None:
-        """End every connection at once, with a reset."""
+        """End every connection at once; what is under way is dropped."""
         for writer in list(self._writers):
             writer.transport.abort()
+
+    def reset(self) -> None:
+        """End every connection with RST on both sides."""
+        for writer in list(self._writers):
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.cut()
 
     def refuse(self) -> None:
         """Cut, and end new connections as soon as they come."""
@@ -153,10 +184,11 @@ class FaultProxy:
                 if way.delay_s:
                     await asyncio.sleep(way.delay_s)
                 await way.ready()
-                if way.mode is Mode.PASS:
-                    way.bytes += len(data)
-                    writer.write(data)
-                    await writer.drain()
+                if way.mode in {Mode.PASS, Mode.TRICKLE}:
+                    await way.pass_on(way.allowed(data), writer)
+                if way.cut_after == 0:
+                    way.cut_after = None
+                    self.cut()
 
 
 @asynccontextmanager

@@ -44,6 +44,10 @@ class Upstream:
     def reset(self) -> None:
         self._ask("POST", "_reset")
 
+    def record(self) -> None:
+        """As `reset`; from now on `last` gives all requests, with (time, text) of each write."""
+        self._ask("POST", "_record")
+
     def wait(self, true_of: Callable[[dict[str, Any]], bool], timeout: float = 5) -> dict[str, Any]:
         """Stats as soon as true_of(stats) holds; blocks the thread between looks."""
         deadline = time.monotonic() + timeout

@@ -27,6 +27,7 @@ class Seen:
     request: Request
     model: str | None = None
     outcome: str = "open"
+    written: list[tuple[float, bytes]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -37,6 +38,7 @@ class Seen:
             "body": base64.b64encode(self.request.body).decode(),
             "model": self.model,
             "outcome": self.outcome,
+            "written": [(at, data.decode("latin-1")) for at, data in self.written or ()],
         }
 
 
@@ -60,6 +62,7 @@ class Server:
     def __init__(self) -> None:
         self.stats = Stats()
         self.last: deque[Seen] = deque(maxlen=KEPT_REQUESTS)
+        self._keeps_written = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self._listener: asyncio.Server | None = None
@@ -90,7 +93,8 @@ class Server:
         self.stats.connections_opened += 1
         try:
             while request := await read_request(reader, writer):
-                reply = Reply(writer, self._count_stream)
+                kept: list[tuple[float, bytes]] | None = [] if self._keeps_written else None
+                reply = Reply(writer, self._count_stream, kept)
                 if request.path.startswith("/_"):
                     await self._control(request, reply)
                 elif not await self._watched(request, reply, wire):
@@ -105,7 +109,7 @@ class Server:
 
     async def _watched(self, request: Request, reply: Reply, wire: Wire) -> bool:
         """Answer, unless the peer goes first; True when the connection can be used again."""
-        seen = Seen(number=self.stats.requests, request=request)
+        seen = Seen(number=self.stats.requests, request=request, written=reply.written)
         self.stats.requests += 1
         self.last.append(seen)
         self._in_flight += 1
@@ -176,8 +180,11 @@ class Server:
 
     async def _control(self, request: Request, reply: Reply) -> None:
         """The tests' own questions; never counted."""
-        if request.path == "/_reset":
-            self.stats, self.last = Stats(), deque(maxlen=KEPT_REQUESTS)
+        if request.path in {"/_reset", "/_record"}:
+            # _record: until the next reset all requests are kept, and what was written to each.
+            self._keeps_written = request.path == "/_record"
+            kept = None if self._keeps_written else KEPT_REQUESTS
+            self.stats, self.last = Stats(), deque(maxlen=kept)
         body: Any = {}
         if request.path == "/_stats":
             others = len(self._tasks) - 1

@@ -6,6 +6,7 @@ Failure: a peer that leaves sets `Wire.gone`; the connection's owner then cancel
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -57,9 +58,19 @@ class Wire(asyncio.StreamReaderProtocol):
 
 
 class Reply:
-    """One response: `start`, then `send` as often as wanted, then `end`."""
+    """One response: `start`, then `send` as often as wanted, then `end`.
 
-    def __init__(self, writer: asyncio.StreamWriter, on_stream: Callable[[], None]) -> None:
+    `written` has the bytes of the body as they went out, each with its time.monotonic(), when
+    it is a list; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        writer: asyncio.StreamWriter,
+        on_stream: Callable[[], None],
+        written: list[tuple[float, bytes]] | None = None,
+    ) -> None:
+        self.written = written
         self._writer = writer
         self._on_stream = on_stream
         self._chunked = False
@@ -82,6 +93,7 @@ class Reply:
 
     async def send(self, data: bytes) -> None:
         if data:
+            self._note(data)
             self._writer.write(self._frame(data))
             await self._writer.drain()
 
@@ -89,6 +101,7 @@ class Reply:
         """Send the last bytes and the terminator in one write, so that no peer sees only half."""
         last = self._frame(data) if data else b""
         self.finished = True
+        self._note(data)
         self._writer.write(last + (b"0\r\n\r\n" if self._chunked else b""))
         await self._writer.drain()
 
@@ -103,6 +116,10 @@ class Reply:
             sock = self._writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.close()
+
+    def _note(self, data: bytes) -> None:
+        if self.written is not None:
+            self.written.append((time.monotonic(), data))
 
     def _frame(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data

@@ -1,0 +1,192 @@
+"""One run: a fresh account, clients, a fault, rest, and the evidence of all sides."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+from billing.audit import audit
+from billing.audit_report import Report
+from billing.till import account_scope_key, shard_prefix
+from billing.till_scan import open_till
+from config.ids import id_text
+from tests.faults.clients import Answer, send, send_all, served
+from tests.faults.plan import CREDITS_POOR, Kind, Plan
+from tests.faults.strike import Struck, keep_work, keep_worker, strike
+from tests.faults.verdict import Evidence
+from tests.faults.world import World
+from tests.support.gateway import eventually
+
+SERVES_AGAIN_S = 10
+REST_S = 20
+STRIKE_S = 60
+
+
+async def run(world: World, plan: Plan) -> Evidence:
+    """Do a run and gather what is known at its end."""
+    trouble: list[str] = []
+    struck = Struck()
+    await world.begin_run(plan.orders[0].prompt)
+    account_id, key = await world.account(plan.credits)
+    async with _recovery(world, plan):
+        await world.start_worker(plan.crash_at if plan.kind is Kind.WORKER_POINT else "")
+        async with _kept(keep_worker(world, plan, struck)):
+            clients = asyncio.ensure_future(send_all(world, key, plan.orders))
+            async with asyncio.timeout(STRIKE_S):
+                await strike(world, plan, struck)
+                answers = await clients
+            answers += await _serves_again(world, plan, key, trouble)
+        await _stop_worker(world, plan, struck, trouble)
+        async with _kept(keep_work(world, plan, struck)):
+            await _rest(world, account_id, trouble)
+        return await _evidence(world, plan, struck, answers, account_id, trouble)
+
+
+@asynccontextmanager
+async def _kept(keeping: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something goes on beside; if it fails, so do we."""
+    task = asyncio.ensure_future(keeping)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+
+
+async def _stop_worker(world: World, plan: Plan, struck: Struck, trouble: list[str]) -> None:
+    """It drains; one may still meet its crash point then."""
+    assert world.worker is not None
+    status = await world.worker.stop()
+    if status == -signal.SIGKILL and plan.kind is Kind.WORKER_POINT and not struck.kills:
+        assert plan.point is not None
+        struck.kills.append(plan.point.name)
+        struck.stop()
+    elif status != 0:
+        trouble.append(f"the worker ended with {status}: {world.worker.log_end()}")
+
+
+@asynccontextmanager
+async def _recovery(world: World, plan: Plan) -> AsyncIterator[None]:
+    """Whatever ends the holds of dead workers runs beside the gateway, as in a real place.
+
+    The same process for many runs, but where it is to die.
+    """
+    dies = plan.kind is Kind.WORK_POINT
+    if world.work is not None and (dies or world.work.status is not None):
+        await world.work.stop()
+        world.work = None
+    if world.work is None:
+        await world.start_work(plan.crash_at if dies else "")
+    yield
+
+
+async def _serves_again(world: World, plan: Plan, key: str, trouble: list[str]) -> list[Answer]:
+    """After the fault a client is served before long; without credit it is told so."""
+    answers: list[Answer] = []
+    loop = asyncio.get_running_loop()
+    until = loop.time() + SERVES_AGAIN_S
+    for order in plan.later:
+        answers.append(await send(world, key, order))
+        is_broke = answers[-1].status == 402 and plan.credits == CREDITS_POOR
+        if answers[-1].is_whole or is_broke:
+            return answers
+        if loop.time() > until:
+            break
+        await asyncio.sleep(0.2)
+    said = [(answer.status, answer.error_code) for answer in answers]
+    trouble.append(f"does not serve again: {said}")
+    return answers
+
+
+async def _rest(world: World, account_id: UUID, trouble: list[str]) -> None:
+    """Wait until neither a hold nor an outbox entry of the account is left."""
+    async with world.till() as till:
+
+        async def look() -> bool | None:
+            return True if not await _open(till, account_id) else None
+
+        try:
+            await eventually(look, REST_S)
+        except TimeoutError:
+            trouble.append(f"not at rest: {await _open(till, account_id)}")
+
+
+async def _open(till: Any, account_id: UUID) -> list[str]:
+    prefix = shard_prefix(account_id)
+    held, waiting = await till.zcard(f"{prefix}leases"), await till.hlen(f"{prefix}outbox")
+    scope = await till.hgetall(account_scope_key(account_id))
+    names = (b"held", b"uncommitted", b"open")
+    amounts = [f"{n.decode()}={scope[n].decode()}" for n in names if int(scope.get(n, 0))]
+    lists = [f"{name}={count}" for name, count in (("holds", held), ("outbox", waiting)) if count]
+    return amounts + lists
+
+
+SELECT_RECEIPTS = """
+SELECT request_id, source_reference, client_request_id, outcome, usage_source, input_tokens,
+    output_tokens, price_nanos, hold_nanos, overrun_nanos
+FROM charge_receipts
+WHERE billing_account_id = $1
+ORDER BY request_id
+"""
+SELECT_LEDGER = """
+SELECT reason, reference, amount_nanos
+FROM credit_ledger
+WHERE billing_account_id = $1 AND reason <> 'grant'
+"""
+SELECT_BALANCE = "SELECT balance_nanos FROM billing_accounts WHERE id = $1"
+
+
+async def _evidence(
+    world: World,
+    plan: Plan,
+    struck: Struck,
+    answers: list[Answer],
+    account_id: UUID,
+    trouble: list[str],
+) -> Evidence:
+    async with world.book() as conn, open_till(world.till_url) as till:
+        receipts = [dict(row) for row in await conn.fetch(SELECT_RECEIPTS, account_id)]
+        ledger = await conn.fetch(SELECT_LEDGER, account_id)
+        balance = await conn.fetchval(SELECT_BALANCE, account_id)
+        report = await audit(conn, till, at_rest=True)
+        scope = await till.read_scope("a", account_id, account_scope_key(account_id))
+    available = None
+    if scope is not None and scope.posted is not None:
+        available = scope.posted - scope.uncommitted - scope.held
+    return Evidence(
+        plan=plan,
+        struck=struck,
+        answers=answers,
+        served=await asyncio.to_thread(served, world),
+        prompt_tokens=world.prompt_tokens,
+        receipts=receipts,
+        adjusted=_adjusted(ledger),
+        ledger_charged=-sum(row["amount_nanos"] for row in ledger),
+        balance=balance,
+        till_available=available,
+        audit_findings=_findings(report),
+        trouble=trouble,
+    )
+
+
+def _adjusted(ledger: list[Any]) -> dict[str, int]:
+    """Nanos that adjust rows charged, by the id of their request."""
+    found: dict[str, int] = {}
+    for row in ledger:
+        if row["reason"] == "adjust":
+            name = id_text(UUID(row["reference"]))
+            found[name] = found.get(name, 0) - row["amount_nanos"]
+    return found
+
+
+def _findings(report: Report) -> list[str]:
+    return [
+        f"audit {check.invariant}: {found.what}, expected {found.expected}, found {found.found}"
+        f" {found.ids}"
+        for check in report.checks
+        for found in check.findings
+    ]

@@ -1,0 +1,211 @@
+"""Whether a run's money adds up, from what clients, provider, till and book say of it. Pure.
+
+The truth of a request is what its provider did for it, priced by hand. A user pays at most that
+and at most the hold; the operator loses at most what money.md's table of faults allows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.faults.clients import Answer, Served
+from tests.faults.plan import RENEW_S, Kind, Plan
+from tests.faults.strike import Struck
+
+# Nanos a token, for the user: the campaign's prices times the markup of 2.
+INPUT_NANOS, OUTPUT_NANOS = 2_000, 8_000
+# A checkpoint is this old at most when a worker dies: a renewal falls due and waits for its turn.
+CHECKPOINT_S = 2 * RENEW_S
+# A slow machine may be this late with it.
+SLACK_S = 0.5
+# A request that may have reached its provider is never free.
+NOT_FREE = 1
+
+# Why the operator gets less than the provider may bill, and what the table of faults says of it.
+WHOLE = "the client got all of it"
+RECOVERED = "worker dead: since the last checkpoint"
+ENDED = "client left, provider failed, hold used up"
+UNSENT = "never reached the provider"
+MARKED = "worker dead between its mark and the provider"
+
+
+@dataclass(kw_only=True)
+class Evidence:
+    """All that is known of a run at rest."""
+
+    plan: Plan
+    struck: Struck
+    answers: Sequence[Answer]
+    served: Mapping[str, Served]
+    prompt_tokens: int
+    receipts: Sequence[Mapping[str, Any]]
+    adjusted: Mapping[str, int]
+    """Nanos charged or given back later, by request id."""
+    ledger_charged: int
+    balance: int
+    till_available: int | None
+    """None: the till does not know the account."""
+    audit_findings: Sequence[str]
+    trouble: Sequence[str]
+    """What went wrong while the run was done."""
+
+
+@dataclass(kw_only=True)
+class Loss:
+    worst: int = 0
+    bound: int = 0
+    requests: int = 0
+
+    def add(self, loss: int, bound: int) -> None:
+        self.requests += 1
+        if loss > self.worst:
+            self.worst, self.bound = loss, bound
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    problems: list[str] = field(default_factory=list)
+    receipts: int = 0
+    recovered: int = 0
+    requests: int = 0
+    lost: int = 0
+    minted: int = 0
+    overcharged: int = 0
+    uncertain: int = 0
+    """Charged for prompts that were about to be sent when their worker died, but cost nothing."""
+    losses: dict[str, Loss] = field(default_factory=dict)
+
+    def loss(self, why: str, nanos: int, bound: int) -> None:
+        self.losses.setdefault(why, Loss()).add(nanos, bound)
+
+
+def judge(evidence: Evidence) -> Verdict:
+    verdict = Verdict(problems=[*evidence.trouble, *evidence.audit_findings])
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for receipt in evidence.receipts:
+        by_name.setdefault(receipt["client_request_id"], []).append(receipt)
+    verdict.receipts = len(evidence.receipts)
+    verdict.recovered = sum(r["outcome"] == "recovered" for r in evidence.receipts)
+    for answer in evidence.answers:
+        _judge_request(evidence, answer, by_name.pop(answer.order.name, []), verdict)
+    for name in by_name:
+        verdict.problems.append(f"receipt of a request that nobody sent: {name}")
+    _judge_account(evidence, verdict)
+    return verdict
+
+
+def price(prompt_tokens: int, words: int) -> int:
+    return prompt_tokens * INPUT_NANOS + words * OUTPUT_NANOS
+
+
+def _judge_request(
+    evidence: Evidence, answer: Answer, receipts: list[Mapping[str, Any]], verdict: Verdict
+) -> None:
+    name = answer.order.name
+    verdict.requests += 1
+    if answer.trouble:
+        verdict.problems.append(f"{name}: the client saw {answer.trouble}")
+    if len(receipts) > 1:
+        verdict.problems.append(f"{name}: {len(receipts)} receipts")
+    did = evidence.served.get(answer.order.prompt)
+    truth = _truth(evidence, did, receipts)
+    if not receipts:
+        if did is not None or answer.status == 200:
+            verdict.problems.append(f"{name}: no receipt, status {answer.status}")
+            verdict.lost += _floor(evidence, answer, did, None)
+        return
+    paid = sum(r["price_nanos"] + _adjusted(evidence, r) for r in receipts)
+    receipt = receipts[0]
+    if paid > truth or any(r["price_nanos"] > r["hold_nanos"] for r in receipts):
+        verdict.overcharged += max(paid - truth, 0)
+        verdict.problems.append(f"{name}: paid {paid}, true {truth}: {_short(receipt, answer)}")
+    floor = _floor(evidence, answer, did, receipt)
+    if paid < floor:
+        verdict.lost += floor - paid
+        verdict.problems.append(f"{name}: paid {paid}, due {floor}: {_short(receipt, answer)}")
+    if answer.is_whole and answer.cost_nanos is not None and answer.cost_nanos != paid:
+        verdict.problems.append(f"{name}: told {answer.cost_nanos}, paid {paid}")
+    if did is None or did.failed:
+        verdict.uncertain += paid
+    verdict.loss(_why(answer, did, receipt), max(truth - paid, 0), max(truth - floor, 0))
+
+
+def _truth(evidence: Evidence, did: Served | None, receipts: Sequence[Mapping[str, Any]]) -> int:
+    """The price of what the provider did; of nothing when it never got the request."""
+    if did is not None and not did.failed:
+        return price(evidence.prompt_tokens, did.all_words)
+    # Whoever recovers it knows only that it was about to be sent: the prompt may have cost.
+    is_guess = any(receipt["outcome"] == "recovered" for receipt in receipts)
+    return price(evidence.prompt_tokens, 0) if is_guess else 0
+
+
+def _floor(
+    evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any] | None
+) -> int:
+    """The least that must be paid, by what is certain to have come through the gateway."""
+    if did is None or did.failed:
+        return 0
+    if receipt is not None and _is_guess(evidence, receipt) and not answer.is_whole:
+        due = _written_down(evidence, did)
+    else:
+        has_any = answer.words or answer.is_whole
+        due = price(evidence.prompt_tokens, answer.words) if has_any else 0
+    return due if receipt is None else min(due, receipt["hold_nanos"])
+
+
+def _is_guess(evidence: Evidence, receipt: Mapping[str, Any]) -> bool:
+    """A sweeper's, and no worker lived to correct it."""
+    return (
+        receipt["outcome"] == "recovered" and receipt["source_reference"] not in evidence.adjusted
+    )
+
+
+def _written_down(evidence: Evidence, did: Served) -> int:
+    """The price of what the last checkpoint before a worker's end must have."""
+    moment = evidence.struck.stopped_at - CHECKPOINT_S - SLACK_S
+    words = did.words_at(moment)
+    if not words:
+        return NOT_FREE
+    # A token may lie across the place where two checkpoints meet: it is not counted.
+    first_at = next(at for at, count in did.words if count)
+    meetings = int((moment - first_at) / RENEW_S) + 1
+    return price(evidence.prompt_tokens, max(words - meetings, 0))
+
+
+def _why(answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
+    if receipt["outcome"] == "recovered":
+        return RECOVERED if did is not None else MARKED
+    if did is None:
+        return UNSENT
+    return WHOLE if answer.is_whole and receipt["overrun_nanos"] == 0 else ENDED
+
+
+def _judge_account(evidence: Evidence, verdict: Verdict) -> None:
+    charged = sum(r["price_nanos"] + _adjusted(evidence, r) for r in evidence.receipts)
+    if charged != evidence.ledger_charged:
+        verdict.problems.append(f"ledger {evidence.ledger_charged}, receipts {charged}")
+        verdict.lost += max(charged - evidence.ledger_charged, 0)
+        verdict.overcharged += max(evidence.ledger_charged - charged, 0)
+    available = evidence.till_available
+    if available is not None and available != evidence.balance:
+        verdict.problems.append(f"till {available}, book {evidence.balance}")
+        verdict.minted += max(available - evidence.balance, 0)
+    if evidence.balance < 0 and evidence.plan.kind not in LOSES_HOLDS:
+        verdict.problems.append(f"overdrawn by {-evidence.balance}")
+        verdict.minted += -evidence.balance
+
+
+# Until a live worker has registered its holds again, an emptied till may admit more.
+LOSES_HOLDS = {Kind.TILL_FLUSHED, Kind.TILL_ROLLED_BACK, Kind.TILL_KILLED}
+
+
+def _adjusted(evidence: Evidence, receipt: Mapping[str, Any]) -> int:
+    return evidence.adjusted.get(receipt["source_reference"], 0)
+
+
+def _short(receipt: Mapping[str, Any], answer: Answer) -> str:
+    facts = ("outcome", "usage_source", "input_tokens", "output_tokens", "price_nanos")
+    said = ", ".join(f"{name} {receipt[name]}" for name in facts)
+    order = answer.order
+    client = f"{order.model}, {order.behaviour}, status {answer.status}, {answer.words} words"
+    return f"{said}; {client}{', whole' if answer.is_whole else ''}"
