@@ -79,6 +79,7 @@ class Work(Table, frozen=True, kw_only=True):
     every_s: Seconds = 5.0
     sweep_grace_s: Seconds = 15.0
     takeover_after_s: Seconds = 10.0
+    audit_every_s: Seconds = 60.0
 
 
 class Keys(Table, frozen=True, kw_only=True):
