@@ -60,7 +60,7 @@ class Scripts:
         self.seed = _script("seed_v2")
         self.renew = _script("renew_v1")
         self.sweep = _script("sweep_v1")
-        self.shard = _script("shard_v1")
+        self.shard = _script("shard_v2")
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
