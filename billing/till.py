@@ -303,13 +303,21 @@ class Till:
         """Tell the till what the book says of an account; many callers share one reading."""
 
         async def read_and_seed() -> None:
-            await self.seed(await self._book.read_account(account_id))
+            # Older than the reading: what was confirmed in between to a till that was lost is
+            # in no other place than the book.
+            epoch = await self._known_epoch()
+            await self._seed(await self._book.read_account(account_id), epoch)
 
         await self._reading.run(account_id, read_and_seed)
 
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
-        epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+        await self._seed(state, await self._known_epoch())
+
+    async def _known_epoch(self) -> int:
+        return self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+
+    async def _seed(self, state: AccountState, epoch: int) -> None:
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
         args = (epoch, state.balance_nanos, state.version, state.status)
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":

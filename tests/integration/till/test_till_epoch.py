@@ -140,3 +140,49 @@ async def test_an_emptied_till_that_does_not_tell_its_name_ends_its_epoch(
         await link.close()
 
     assert (first, second) == (1, 2)
+
+
+async def test_a_frozen_account_stays_frozen_when_a_confirm_overtakes_its_seed(
+    till_url: str,
+) -> None:
+    """The confirm's version was newer, so the seed was kept out together with its status."""
+    said = Said()
+    scopes = said.account(1000)
+    async with running_till(till_url, said) as till:
+        request_id = await admit(till, scopes, 100)
+        await settle(till, scopes, request_id, 100)
+        await till.link.command(("DEL", scopes.scope_keys[0], scopes.outbox_key))
+        newer = AccountState(account_id=scopes.account_id, balance_nanos=900, version=2, status="")
+        await till.confirm(confirmation(newer, scopes, request_id))
+        await till.seed(said.put(scopes.account_id, 1000, 1, "frozen"))
+
+    seen = await look(till_url, scopes)
+    assert (seen.posted, seen.version, seen.status) == (900, 2, "frozen")
+
+
+class Slow(Said):
+    """A book whose answer was read before the till lost everything, and arrives after it."""
+
+    till: Till
+
+    async def read_account(self, account_id: object) -> AccountState:
+        state = self.accounts[account_id]  # type: ignore[index]
+        if self.reads == 0:
+            self.reads += 1
+            await self.till.link.command(("FLUSHALL",))
+            self.till.epoch.doubt(self.till.epoch.number, is_lost=True)
+            await self.till.learn_epoch()
+        return state
+
+
+async def test_what_the_book_said_before_an_epoch_began_seeds_nothing_in_it(till_url: str) -> None:
+    """Commits after that reading were confirmed to the till that is gone: credit came back."""
+    said = Slow()
+    scopes = said.account(1000)
+    async with running_till(till_url, said) as till:
+        said.till = till
+        await till.learn_epoch()
+        await till.seed_from_book(scopes.account_id)
+
+    assert said.epoch == 2
+    assert (await look(till_url, scopes)).posted is None
