@@ -141,7 +141,8 @@ class Renewal(msgspec.Struct, frozen=True, kw_only=True):
     draft: bytes = b""
     """The receipt, should its worker die now; empty: as it was."""
     is_new: bool = False
-    """Place the hold again when the till lost it: the book must not have its receipt."""
+    """Place the hold again when the till lost it, or the growth that was granted: hold_nanos is
+    then no wish. The book must not have its receipt."""
 
 
 class Till:

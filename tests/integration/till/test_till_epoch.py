@@ -186,3 +186,23 @@ async def test_what_the_book_said_before_an_epoch_began_seeds_nothing_in_it(till
 
     assert said.epoch == 2
     assert (await look(till_url, scopes)).posted is None
+
+
+async def test_growth_that_the_till_lost_is_held_again_whatever_else_is_held(till_url: str) -> None:
+    """The worker may spend what it was granted; only new growth can be refused."""
+    said = Said()
+    scopes = said.account(1000)
+    async with running_till(till_url, said) as till:
+        request_id = await admit(till, scopes, 400)
+        await admit(till, scopes, 500)  # in the place of the growth that was lost
+        wanted = Renewal(request_id=request_id, hold_nanos=700, is_forwarded=True)
+        told = (await till.renew(scopes, wanted))[0]
+        again = Renewal(
+            request_id=request_id, hold_nanos=700, is_forwarded=True, draft=b"{}", is_new=True
+        )
+        answer = await till.renew(scopes, again)
+
+    assert (told, answer) == (b"short", [b"ok", 700, 0])
+    seen = await look(till_url, scopes)
+    seen.check()
+    assert (seen.holds[request_id], seen.available) == (700, -200)
