@@ -102,8 +102,8 @@ class Sweeper:
         calls = [("HMGET", f"{prefix}h:{request_id}", *fields) for request_id in names]
         for request_id, found in zip(names, await self._calls(calls), strict=True):
             if found[1] is None:
-                # A lease without a hold: nothing is kept back by it.
-                await self._till.link.command(("ZREM", f"{prefix}leases", request_id))
+                # It ended just now, unless this is a lease without a hold, which holds nothing.
+                await self._till.drop_lease(prefix, request_id)
                 continue
             draft = self._receipt(request_id, found[3])
             if draft is not None:

@@ -280,6 +280,14 @@ class Till:
         args: list[Arg] = [request_id, over_ms, state, price, entry, *scopes.kinds]
         return self.link.run(self._scripts.sweep, (*keys, *scopes.scope_keys), args)
 
+    def drop_lease(self, prefix: str, request_id: str) -> asyncio.Future[Any]:
+        """Forget the lease of a hold that is gone, unless it is placed again meanwhile.
+
+        prefix: of the shard. The future gives the word of a `sweep` that ends no state of a hold.
+        """
+        keys = (f"{prefix}outbox", f"{prefix}h:{request_id}", f"{prefix}leases")
+        return self.link.run(self._scripts.sweep, keys, (request_id, 0, "", 0, ""))
+
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Any]:
         """Drop committed receipts from the outbox and take over the account's new state.
 
