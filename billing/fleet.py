@@ -33,7 +33,7 @@ class PoolBook:
         async with acquire(self._pool) as conn:
             return await read_epoch(conn, self._worker)
 
-    async def bump_epoch(self, known: int, server_run_id: str) -> Epoch:
+    async def bump_epoch(self, known: Epoch, server_run_id: str) -> Epoch:
         async with acquire(self._pool) as conn:
             return await bump_epoch(conn, known, server_run_id, self._worker)
 
@@ -71,20 +71,20 @@ async def read_epoch(conn: Connection, worker: str = "") -> Epoch:
     return _epoch(dict(row))
 
 
-# The row's lock lets one of several bumps of the same epoch win; the others find a newer one.
+# The row's lock lets one of several bumps of the same epoch win; the others find another one.
 # The first till ever opened ends no epoch: it is only remembered.
 BUMP_EPOCH = """
 UPDATE till_epoch
 SET epoch = epoch + (server_run_id <> '')::integer, server_run_id = $2,
     changed_at = clock_timestamp()
-WHERE epoch = $1
+WHERE epoch = $1 AND server_run_id = $3
 """
 
 
-async def bump_epoch(conn: Connection, known: int, server_run_id: str, worker: str = "") -> Epoch:
+async def bump_epoch(conn: Connection, known: Epoch, server_run_id: str, worker: str = "") -> Epoch:
     """End the epoch `known` unless somebody did; returns the one that is valid now."""
     async with translated(), conn.transaction():
-        await conn.execute(BUMP_EPOCH, known, server_run_id)
+        await conn.execute(BUMP_EPOCH, known.number, server_run_id, known.server_run_id)
     return await read_epoch(conn, worker)
 
 

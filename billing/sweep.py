@@ -128,8 +128,8 @@ class Sweeper:
             if found is None:
                 continue
             if not any(found):
-                # A lease without a hold: nothing is kept back by it.
-                await self._till.link.command(("ZREM", f"{prefix}leases", name))
+                # It ended just now, unless this is a lease without a hold, which holds nothing.
+                await self._till.drop_lease(prefix, name.decode("utf-8", "replace"))
                 continue
             state, nanos, worker, raw = found
             request_id = name.decode("utf-8", "replace")

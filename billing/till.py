@@ -60,7 +60,7 @@ class Scripts:
         self.seed = _script("seed_v2")
         self.renew = _script("renew_v1")
         self.sweep = _script("sweep_v1")
-        self.shard = _script("shard_v1")
+        self.shard = _script("shard_v2")
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
@@ -141,7 +141,8 @@ class Renewal(msgspec.Struct, frozen=True, kw_only=True):
     draft: bytes = b""
     """The receipt, should its worker die now; empty: as it was."""
     is_new: bool = False
-    """Place the hold again when the till lost it: the book must not have its receipt."""
+    """Place the hold again when the till lost it, or the growth that was granted: hold_nanos is
+    then no wish. The book must not have its receipt."""
 
 
 class Till:
@@ -293,6 +294,14 @@ class Till:
         args: list[Arg] = [request_id, over_ms, state, price, entry, *scopes.kinds]
         return self.link.run(self._scripts.sweep, (*keys, *scopes.scope_keys), args)
 
+    def drop_lease(self, prefix: str, request_id: str) -> asyncio.Future[Any]:
+        """Forget the lease of a hold that is gone, unless it is placed again meanwhile.
+
+        prefix: of the shard. The future gives the word of a `sweep` that ends no state of a hold.
+        """
+        keys = (f"{prefix}outbox", f"{prefix}h:{request_id}", f"{prefix}leases")
+        return self.link.run(self._scripts.sweep, keys, (request_id, 0, "", 0, ""))
+
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Any]:
         """Drop committed receipts from the outbox and take over the account's new state.
 
@@ -317,14 +326,22 @@ class Till:
         """Tell the till what the book says of an account; many callers share one reading."""
 
         async def read_and_seed() -> None:
-            await self.seed(await self._book.read_account(account_id))
+            # Older than the reading: what was confirmed in between to a till that was lost is
+            # in no other place than the book.
+            epoch = await self._known_epoch()
+            await self._seed(await self._book.read_account(account_id), epoch)
             # crash-point: seed.done
 
         await self._reading.run(account_id, read_and_seed)
 
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
-        epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+        await self._seed(state, await self._known_epoch())
+
+    async def _known_epoch(self) -> int:
+        return self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+
+    async def _seed(self, state: AccountState, epoch: int) -> None:
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
         args = (epoch, state.balance_nanos, state.version, state.status)
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
