@@ -98,7 +98,7 @@ class _TillAudit:
         """What needs all shards. The book's epoch is read after the till's, so it is not older."""
         epoch = (await read_epoch(self._conn)).number
         for name, found in self._epochs.items():
-            if found > epoch:
+            if abs(found) > epoch:
                 self._check.add("epoch ahead of the book", f"<= {epoch}", found, shard=name)
         for found, (_, owner_id) in self._scope_epochs.items():
             if found > epoch:

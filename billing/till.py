@@ -30,7 +30,7 @@ from billing.receipts import ChargeReceipt, encode_receipt
 from billing.single_flight import SingleFlight
 from billing.till_epoch import SHARDS, AccountState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
-from billing.till_wire import Packed, ScopesWire, words
+from billing.till_wire import Packed, Renewal, ScopesWire, words
 from config.clock import Seconds
 from config.ids import id_text
 
@@ -129,20 +129,6 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
 
     state: AccountState
     receipts: list[tuple[SpendScopes, str]]
-
-
-class Renewal(msgspec.Struct, frozen=True, kw_only=True):
-    """One open request as it stands now: absolute values."""
-
-    request_id: str
-    hold_nanos: int
-    """What it is to hold; more than it does asks for growth."""
-    is_forwarded: bool
-    draft: bytes = b""
-    """The receipt, should its worker die now; empty: as it was."""
-    is_new: bool = False
-    """Place the hold again when the till lost it, or the growth that was granted: hold_nanos is
-    then no wish. The book must not have its receipt."""
 
 
 class Till:

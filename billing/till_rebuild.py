@@ -100,14 +100,15 @@ class _Rebuilding:
     async def _begin(self) -> int:
         """Close everything; returns how many workers live."""
         epochs = await self._till.run_all([("GET", epoch_key(n)) for n in range(SHARDS)])
-        newest = max(epochs_of(epochs), default=0)
+        newest = max(map(abs, epochs_of(epochs)), default=0)
         (told,) = await self._till.run_all([("INFO", "server")])
         server = run_id_of(told)
         self._began_at = time.monotonic()
         epoch = await begin_epoch(self._conn, newest, server, KEEP_CLOSED_MS, self._name)
         self._done.epoch = epoch.number
         self._say(f"epoch {epoch.number} begins: new requests are refused")
-        await self._till.run_all([("DEL", epoch_key(number)) for number in range(SHARDS)])
+        # Closed for it, as shard_v2.lua would: a shard without a number was emptied.
+        await self._till.run_all([("SET", epoch_key(n), -epoch.number) for n in range(SHARDS)])
         return epoch.others
 
     async def _open(self) -> None:

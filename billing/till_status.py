@@ -88,8 +88,9 @@ async def read_status(conn: Connection, till: TillScan) -> Status:
 
 
 def epochs_of(replies: list[Any]) -> list[int]:
-    """The numbers among what the shards' epoch keys say."""
-    return [int(raw) for raw in replies if isinstance(raw, bytes) and raw.isdigit()]
+    """The numbers among what the shards' epoch keys say; negative where a shard is closed."""
+    numbers = (raw for raw in replies if isinstance(raw, bytes))
+    return [int(raw) for raw in numbers if raw.removeprefix(b"-").isdigit()]
 
 
 def run_id_of(told: Any) -> str:

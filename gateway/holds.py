@@ -17,7 +17,7 @@ from billing.book import acquire
 from billing.errors import BillingError, TillRefused
 from billing.fleet import say_alive, say_gone
 from billing.receipts import encode_receipt
-from billing.till import Renewal
+from billing.till_wire import Renewal
 from billing.tokens import count_tokens
 from config.clock import seconds
 from gateway.protocols.chat import prompt_text

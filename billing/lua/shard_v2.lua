@@ -10,7 +10,7 @@ local current, epoch = tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARG
 if math.abs(current) > epoch then return 'newer' end
 if current == epoch then return 'open' end
 if ARGV[2] == 'close' then
-  redis.call('SET', KEYS[1], '-' .. ARGV[1])
+  redis.call('SET', KEYS[1], '-' .. ARGV[1]) -- not money
   return 'closed'
 end
 if current == 0 then return 'lost' end

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from billing.errors import BillingError
 from billing.quote import hold_for, output_covered
-from billing.till import Renewal, Till
+from billing.till import Till
+from billing.till_wire import Renewal
 from billing.tokens import CHARS_PER_TOKEN, count_tokens, is_ready
 from gateway.protocols import sse
 from gateway.protocols.chat_answer import read_answer, texts_in

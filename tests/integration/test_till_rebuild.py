@@ -13,10 +13,10 @@ from redis.asyncio import Redis
 from billing.audit import Invariant, Report
 from billing.fleet import REBUILD_LOCK
 from billing.receipts import Outcome, encode_receipt
-from billing.till import Renewal
 from billing.till_rebuild import RebuildRefused
 from billing.till_scan import open_till
 from billing.till_status import drop_aside, list_aside
+from billing.till_wire import Renewal
 from gateway.cli.audit import run_audit
 from gateway.cli.till import till as till_command
 from tests.support.audit_spoiler import TILL, Spoiler

@@ -7,9 +7,10 @@ import pytest
 
 from billing.errors import TillRebuilding, TillRefused
 from billing.fleet import PoolBook, read_epoch
-from billing.till import Renewal, Till
+from billing.till import Till
 from billing.till_epoch import AccountState, epoch_key
 from billing.till_link import Arg, TillLink
+from billing.till_wire import Renewal
 from tests.support.books import open_pool
 from tests.support.tills import (
     SCRIPTS,

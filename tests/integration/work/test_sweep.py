@@ -13,7 +13,7 @@ from billing.prices import CostSource, Rates
 from billing.prices_store import sync_config_prices
 from billing.receipts import ChargeReceipt, Outcome, encode_receipt
 from billing.sweep import Sweeper
-from billing.till import Renewal
+from billing.till_wire import Renewal
 from billing.usage import UsageSource
 from config.ids import id_text
 from tests.support.books import Account, check_book, make_account

@@ -5,8 +5,9 @@ from typing import Any
 
 from billing.receipts import encode_receipt
 from billing.sweep import Sweeper
-from billing.till import Renewal, Till
+from billing.till import Till
 from billing.till_link import Arg, TillLink
+from billing.till_wire import Renewal
 from tests.support.books import Account, make_account, open_pool
 from tests.support.tills import SCRIPTS, Said, look, running_till
 
@@ -52,7 +53,7 @@ async def test_a_hold_that_is_placed_again_while_a_sweeper_looks_keeps_its_lease
         await till.link.command((*lease, "ended"))
         link.meanwhile = lambda: place_again(till, account, "placed")
         sweeper = Sweeper(
-            pool, Till(link, SCRIPTS, Said(), worker="", lease_ms=0), grace_s=1, takeover_s=0
+            pool, Till(link, SCRIPTS, Said(), worker="", lease_ms=0), grace_s=0, takeover_s=0
         )
         await sweeper.sweep()
         seen = await look(till_url, account.scopes)
