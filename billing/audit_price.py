@@ -15,7 +15,7 @@ from billing.audit_report import Draft, Invariant
 # Workers price by their own clocks; the book's clock says when a version came into force.
 CLOCKS_APART = timedelta(minutes=1)
 # Shares of guesses say something of many receipts, and nothing of a handful.
-SHARE_RECEIPTS_MIN = 1000
+SHARE_RECEIPTS_MIN, GUESSES_MIN = 1000, 10
 COUNTED_PER_MILLE_MAX, RECOVERED_PER_MILLE_MAX = 5, 1
 BPS = 10**4
 # Kinds inside the input tokens, then those inside the output tokens.
@@ -45,6 +45,7 @@ class ReceiptAudit:
     def look_at(self, row: Any) -> None:
         """One receipt joined with its price version."""
         self._check_price(row)
+        self._check_guess(row)
         self._check_margin(row)
         if row["is_recent"]:
             self._recent += 1
@@ -66,7 +67,8 @@ class ReceiptAudit:
         )
         for name, count, most in shares:
             note(Invariant.AGES, f"{name} receipts of the last 7 days", count)
-            if self._recent >= SHARE_RECEIPTS_MIN and count * 1000 > most * self._recent:
+            enough = self._recent >= SHARE_RECEIPTS_MIN and count >= GUESSES_MIN
+            if enough and count * 1000 > most * self._recent:
                 found = f"{count} of {self._recent}"
                 check.add(f"too many {name} receipts", f"at most {most} in 1000", found)
 
@@ -87,6 +89,21 @@ class ReceiptAudit:
         else:
             cost = row["provider_cost_nanos"]
             check.add("price below cost", f">= {cost}", row["price_nanos"], **_ids(row))
+
+    def _check_guess(self, row: Any) -> None:
+        """What a sweeper ended says so in both fields, and was priced by tokens or not at all."""
+        check, ids = self._draft[Invariant.PRICE], _ids(row)
+        outcome, source = row["outcome"], row["usage_source"]
+        is_guess = source == "checkpoint"
+        if is_guess and outcome not in {"recovered", "voided"}:
+            check.add("outcome of a checkpoint", "recovered or voided", outcome, **ids)
+        if outcome == "recovered" and not is_guess:
+            check.add("usage of a recovered receipt", "checkpoint", source, **ids)
+        if is_guess and row["cost_source"] == "provider":
+            check.add("cost of a checkpoint", "by the price book, or none", "the provider's", **ids)
+        if is_guess and outcome == "voided" and (row["input_tokens"] or row["output_tokens"]):
+            found = row["input_tokens"] + row["output_tokens"]
+            check.add("tokens of a voided checkpoint", 0, found, **ids)
 
     def _check_price(self, row: Any) -> None:
         check = self._draft[Invariant.PRICE]

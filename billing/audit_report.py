@@ -22,7 +22,8 @@ class Invariant(StrEnum):
     LEDGER = "L1 ledger gapless"
     """Seq without gaps, each balance from the one before, the last one the account's."""
     CHARGES = "L2 receipts and charges match"
-    """A receipt with a price has exactly one ledger row, a charge has a receipt."""
+    """A receipt with a price has exactly one ledger row, a charge has a receipt. What a sweeper
+    guessed is corrected once at most, and to something within the hold."""
     MARGIN = "L3 price covers cost"
     """Except overrun, recovered and free calls, which are summed as notes."""
     PRICE = "L4 price recomputes"
@@ -44,27 +45,42 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     ids: dict[str, str]
     expected: str
     found: str
+    nanos: int = 0
+    """Drift: by how much two places disagree that say the same money."""
 
 
 class Check(msgspec.Struct, kw_only=True):
-    """One invariant: how much was looked at and what was wrong. `violations` counts all."""
+    """One invariant: what was looked at and what was wrong. Violations and drift are of all."""
 
     invariant: Invariant
     checked: int = 0
     violations: int = 0
+    drift_nanos: int = 0
     not_checked: str = ""
     findings: list[Finding] = []
 
     def add(
-        self, what: str, expected: object, found: object, **ids: UUID | str | int | None
+        self, what: str, expected: object, found: object, /, **ids: UUID | str | int | None
     ) -> None:
         """Count a violation, and keep it while there is room."""
+        self.add_drift(0, what, expected, found, **ids)
+
+    def add_drift(
+        self,
+        nanos: int,
+        what: str,
+        expected: object,
+        found: object,
+        /,
+        **ids: UUID | str | int | None,
+    ) -> None:
+        """The same of a violation that is drift, by that much."""
         self.violations += 1
+        self.drift_nanos += nanos
         if len(self.findings) < FINDINGS_SHOWN:
             shown = {name: _id(name, value) for name, value in ids.items() if value is not None}
-            self.findings.append(
-                Finding(what=what, ids=shown, expected=str(expected), found=str(found))
-            )
+            said = {"expected": str(expected), "found": str(found)}
+            self.findings.append(Finding(what=what, ids=shown, nanos=nanos, **said))
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):

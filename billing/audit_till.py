@@ -6,7 +6,7 @@ the till is read first and the book after it.
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 from uuid import UUID
 
@@ -26,17 +26,40 @@ LOOK_AGAIN_S = seconds(50)
 HOLD_AGE_MAX_S, OUTBOX_AGE_MAX_S = 20 * 60, 60
 Kind = Literal["a", "k"]
 KINDS: tuple[Kind, ...] = ("a", "k")
+# Names of what a scope counts in nanos.
+MONEY = {"held", "uncommitted"}
 OWNER_NAMES = {"a": "billing_account_id", "k": "app_key_id"}
 # What is wrong, what was expected, what was found.
 Wrong = tuple[str, object, object]
 
 
-async def check_till(conn: Connection, till: TillScan, draft: Draft, *, at_rest: bool) -> None:
-    """Every shard, one after the other. conn is outside of a transaction: it must see news."""
+class Totals(msgspec.Struct):
+    """What a look at the till counted. Ages are those of the oldest."""
+
+    holds: int = 0
+    held_nanos: int = 0
+    hold_age_s: int = 0
+    entries: int = 0
+    entry_age_s: int = 0
+
+
+async def check_till(
+    conn: Connection,
+    till: TillScan,
+    draft: Draft,
+    *,
+    at_rest: bool,
+    patterns: Sequence[str] | None = None,
+) -> Totals:
+    """Every shard, one after the other. conn is outside of a transaction: it must see news.
+
+    patterns: only some of `till.patterns()`.
+    """
     audit = _TillAudit(conn, till, draft)
-    async for shard in till.shards():
+    async for shard in till.shards(await till.patterns() if patterns is None else patterns):
         await audit.look_at(shard, at_rest=at_rest)
     await audit.finish()
+    return audit.totals
 
 
 class _TillAudit:
@@ -46,7 +69,10 @@ class _TillAudit:
         self._draft = draft
         self._check = draft[Invariant.TILL]
         self._epochs: dict[str, int] = {}
-        self._holds = self._entries = self._behind = self._other_keys = 0
+        # How many scopes were seeded last in which epoch, and one of them.
+        self._scope_epochs: dict[int, tuple[int, UUID]] = {}
+        self._behind = self._other_keys = self._set_aside = 0
+        self.totals = Totals()
 
     async def look_at(self, shard: Shard, *, at_rest: bool) -> None:
         self._check_readable(shard)
@@ -58,22 +84,36 @@ class _TillAudit:
         await self._check_against_book(shard)
         if shard.epoch is not None:
             self._epochs[shard.name] = shard.epoch
-        self._holds += len(shard.holds)
-        self._entries += len(shard.outbox)
+        for scope in shard.accounts.values():
+            if scope.epoch is not None:
+                count, first = self._scope_epochs.get(scope.epoch, (0, scope.owner_id))
+                self._scope_epochs[scope.epoch] = (count + 1, first)
+        self.totals.holds += len(shard.holds)
+        self.totals.held_nanos += sum(hold.nanos for hold in shard.holds.values())
+        self.totals.entries += len(shard.outbox)
         self._other_keys += shard.other_keys
+        self._set_aside += shard.set_aside
 
     async def finish(self) -> None:
         """What needs all shards. The book's epoch is read after the till's, so it is not older."""
         epoch = (await read_epoch(self._conn)).number
         for name, found in self._epochs.items():
-            if found > epoch:
+            if abs(found) > epoch:
                 self._check.add("epoch ahead of the book", f"<= {epoch}", found, shard=name)
+        for found, (_, owner_id) in self._scope_epochs.items():
+            if found > epoch:
+                what = "scope of an epoch ahead of the book"
+                self._check.add(what, f"<= {epoch}", found, billing_account_id=owner_id)
         stale = sum(found < epoch for found in self._epochs.values())
+        # Nothing is admitted on them before they are seeded again; what they say is still true.
+        cold = sum(count for found, (count, _) in self._scope_epochs.items() if found < epoch)
         note = self._draft.note
-        note(Invariant.TILL, "open holds", self._holds)
-        note(Invariant.TILL, "outbox entries", self._entries)
+        note(Invariant.TILL, "open holds", self.totals.holds)
+        note(Invariant.TILL, "outbox entries", self.totals.entries)
         note(Invariant.TILL, "scopes behind the book", self._behind)
         note(Invariant.TILL, "shards of an older epoch", stale)
+        note(Invariant.TILL, "scopes of an older epoch", cold)
+        note(Invariant.TILL, "keys set aside by a rebuild", self._set_aside)
         note(Invariant.TILL, "keys that this release does not know", self._other_keys)
 
     def _check_readable(self, shard: Shard) -> None:
@@ -90,7 +130,8 @@ class _TillAudit:
         check = self._draft[Invariant.AGES]
         check.checked += len(shard.holds) + len(shard.outbox)
         for hold in shard.holds.values():
-            age_s = (now_ms - _begun_ms(hold.request_id, now_ms)) // 1000
+            age_s = (now_ms - begun_ms(hold.request_id, now_ms)) // 1000
+            self.totals.hold_age_s = max(self.totals.hold_age_s, age_s)
             if age_s > HOLD_AGE_MAX_S:
                 ids = {"request": hold.request_id, "worker": hold.worker}
                 check.add("old hold", f"<= {HOLD_AGE_MAX_S} s", f"{age_s} s", **ids)
@@ -98,6 +139,7 @@ class _TillAudit:
             if entry.receipt is None:
                 continue
             age_s = now_ms // 1000 - int(entry.receipt.finished_at.timestamp())
+            self.totals.entry_age_s = max(self.totals.entry_age_s, age_s)
             if age_s > OUTBOX_AGE_MAX_S:
                 expected, request_id = f"<= {OUTBOX_AGE_MAX_S} s", entry.receipt.request_id
                 check.add("old outbox entry", expected, f"{age_s} s", request_id=request_id)
@@ -122,7 +164,9 @@ class _TillAudit:
             if not wrong:
                 return
         for what, expected, found in wrong:
-            self._check.add(what, expected, found, **{OWNER_NAMES[kind]: owner_id})
+            drift = _apart(expected, found) if what in MONEY else 0
+            ids = {OWNER_NAMES[kind]: owner_id}
+            self._check.add_drift(drift, what, expected, found, **ids)
 
     async def _check_leases(self, shard: Shard) -> None:
         """A hold and its lease come and go together."""
@@ -154,17 +198,17 @@ class _TillAudit:
     async def _check_against_book(self, shard: Shard) -> None:
         """L6: every state that the till was told is a row of the ledger."""
         told = [scope for scope in shard.accounts.values() if scope.version is not None]
-        wrong: list[tuple[UUID, Wrong]] = []
+        wrong: list[tuple[UUID, Wrong, int]] = []
         for again in range(LOOKS):
             if again:
                 await asyncio.sleep(LOOK_AGAIN_S)
-                told = await self._read_again(shard, [owner_id for owner_id, _ in wrong])
+                told = await self._read_again(shard, [owner_id for owner_id, *_ in wrong])
             wrong, behind = await _against_book(self._conn, told)
             self._behind += 0 if again else behind
             if not wrong:
                 return
-        for owner_id, (what, expected, found) in wrong:
-            self._check.add(what, expected, found, billing_account_id=owner_id)
+        for owner_id, said, drift in wrong:
+            self._check.add_drift(drift, *said, billing_account_id=owner_id)
 
     async def _read_again(self, shard: Shard, owners: list[UUID]) -> list[Scope]:
         keys = {owner_id: f"{shard.prefix}a:{id_text(owner_id)}" for owner_id in owners}
@@ -182,18 +226,24 @@ LEFT JOIN credit_ledger AS l ON l.billing_account_id = t.account_id AND l.seq = 
 
 async def _against_book(
     conn: Connection, told: list[Scope]
-) -> tuple[list[tuple[UUID, Wrong]], int]:
-    """What is wrong of which account, and how many are behind the book (which is allowed)."""
+) -> tuple[list[tuple[UUID, Wrong, int]], int]:
+    """What is wrong of which account and by how many nanos; how many are behind the book.
+
+    To be behind is allowed.
+    """
     scopes = {scope.owner_id: scope for scope in told}
     versions = [scope.version for scope in scopes.values()]
     async with translated():
         rows = await conn.fetch(SELECT_STATES_TOLD, list(scopes), versions)
-    wrong: list[tuple[UUID, Wrong]] = []
+    wrong: list[tuple[UUID, Wrong, int]] = []
     behind = 0
     for row in rows:
-        said = _disagrees(row, scopes[row["account_id"]].posted)
+        posted = scopes[row["account_id"]].posted
+        said = _disagrees(row, posted)
         if said is not None:
-            wrong.append((row["account_id"], said))
+            there = row["balance_after_nanos"]
+            drift = _apart(row["balance_nanos"] if there is None else there, posted)
+            wrong.append((row["account_id"], said, max(drift, 1)))
         else:
             behind += row["told"] < row["version"]
     return wrong, behind
@@ -254,7 +304,13 @@ def _compare(scope: Scope, holds: Collection[int], outbox: Iterable[int]) -> lis
     return wrong + [(f"negative {name}", ">= 0", n) for name, n in found.items() if n < 0]
 
 
-def _begun_ms(request_id: str, otherwise_ms: int) -> int:
+def _apart(expected: object, found: object) -> int:
+    """By how many nanos two amounts differ; what is not there counts as nothing."""
+    first, second = (n if isinstance(n, int) else 0 for n in (expected, found))
+    return abs(first - second)
+
+
+def begun_ms(request_id: str, otherwise_ms: int) -> int:
     """A request id is a UUIDv7 (RFC 9562): its first 48 bits are when the request came."""
     try:
         return read_id(request_id).int >> 80

@@ -33,23 +33,24 @@ class PoolBook:
         async with acquire(self._pool) as conn:
             return await read_epoch(conn, self._worker)
 
-    async def bump_epoch(self, known: int, server_run_id: str) -> Epoch:
+    async def bump_epoch(self, known: Epoch, server_run_id: str) -> Epoch:
         async with acquire(self._pool) as conn:
             return await bump_epoch(conn, known, server_run_id, self._worker)
 
 
 # Any constant will do; it must only differ from other advisory locks of this database.
 WORK_LOCK = 0x776F726B
+REBUILD_LOCK = 0x7265626C
 TRY_LOCK = "SELECT pg_try_advisory_lock($1)"
 
 
-async def is_leader(conn: Connection) -> bool:
+async def is_leader(conn: Connection, lock: int = WORK_LOCK) -> bool:
     """Whether this connection may do what one process at a time does; it keeps that until it ends.
 
     conn is the caller's own, not one of a pool: the lock lives as long as the connection does.
     """
     async with translated():
-        return bool(await conn.fetchval(TRY_LOCK, WORK_LOCK))
+        return bool(await conn.fetchval(TRY_LOCK, lock))
 
 
 SELECT_EPOCH = """
@@ -70,21 +71,53 @@ async def read_epoch(conn: Connection, worker: str = "") -> Epoch:
     return _epoch(dict(row))
 
 
-# The row's lock lets one of several bumps of the same epoch win; the others find a newer one.
+# The row's lock lets one of several bumps of the same epoch win; the others find another one.
 # The first till ever opened ends no epoch: it is only remembered.
 BUMP_EPOCH = """
 UPDATE till_epoch
 SET epoch = epoch + (server_run_id <> '')::integer, server_run_id = $2,
     changed_at = clock_timestamp()
-WHERE epoch = $1
+WHERE epoch = $1 AND server_run_id = $3
 """
 
 
-async def bump_epoch(conn: Connection, known: int, server_run_id: str, worker: str = "") -> Epoch:
+async def bump_epoch(conn: Connection, known: Epoch, server_run_id: str, worker: str = "") -> Epoch:
     """End the epoch `known` unless somebody did; returns the one that is valid now."""
     async with translated(), conn.transaction():
-        await conn.execute(BUMP_EPOCH, known, server_run_id)
+        await conn.execute(BUMP_EPOCH, known.number, server_run_id, known.server_run_id)
     return await read_epoch(conn, worker)
+
+
+# What a till of another book says of its epoch may be ahead of ours, and must not stay valid.
+BEGIN_EPOCH = """
+UPDATE till_epoch
+SET epoch = greatest(epoch, $1) + 1,
+    server_run_id = CASE WHEN $2 = '' THEN server_run_id ELSE $2 END,
+    changed_at = clock_timestamp() + $3::bigint * interval '1 millisecond'
+"""
+
+
+async def begin_epoch(
+    conn: Connection, newer_than: int, server_run_id: str, keep_closed_ms: int, worker: str
+) -> Epoch:
+    """End the epoch in any case. Workers that see others live open no shard for that long."""
+    async with translated():
+        await conn.execute(BEGIN_EPOCH, newer_than, server_run_id, keep_closed_ms)
+    return await read_epoch(conn, worker)
+
+
+MOVE_EPOCH = """
+UPDATE till_epoch
+SET changed_at = clock_timestamp() + $2::bigint * interval '1 millisecond'
+WHERE epoch = $1
+RETURNING epoch
+"""
+
+
+async def move_epoch(conn: Connection, epoch: int, from_now_ms: int) -> bool:
+    """Say when it begins, or (negative) began. False: another epoch has begun."""
+    async with translated():
+        return await conn.fetchval(MOVE_EPOCH, epoch, from_now_ms) is not None
 
 
 SAY_ALIVE = """
@@ -121,6 +154,23 @@ async def living(conn: Connection, names: Sequence[str]) -> set[str]:
     async with translated():
         rows = await conn.fetch(SELECT_ALIVE, list(names), HEARD_OF_S)
     return {row["name"] for row in rows}
+
+
+SELECT_WORKERS = """
+SELECT
+    name, started_at,
+    (extract(epoch FROM clock_timestamp() - seen_at) * 1000)::bigint AS seen_ms_ago,
+    seen_at > clock_timestamp() - make_interval(secs => $1) AS is_alive
+FROM workers
+ORDER BY seen_at DESC
+LIMIT 1000
+"""
+
+
+async def list_workers(conn: Connection) -> list[dict[str, Any]]:
+    """Who was heard of within a day, the latest first."""
+    async with translated():
+        return [dict(row) for row in await conn.fetch(SELECT_WORKERS, HEARD_OF_S)]
 
 
 FORGET_WORKERS = "DELETE FROM workers WHERE seen_at < clock_timestamp() - make_interval(secs => $1)"

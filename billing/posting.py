@@ -130,7 +130,7 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
 
 # What a sweeper had put in for a worker that lived after all; locked as everywhere, by account.
 SELECT_GUESSED = """
-SELECT r.request_id, r.price_nanos, a.id, a.balance_nanos, a.version
+SELECT r.request_id, r.price_nanos, r.hold_nanos, a.id, a.balance_nanos, a.version
 FROM charge_receipts AS r
 JOIN billing_accounts AS a ON a.id = r.billing_account_id
 WHERE r.request_id = ANY($1::uuid[]) AND r.usage_source = 'checkpoint'
@@ -162,7 +162,7 @@ async def _adjust_late(
 ) -> dict[UUID, AccountState]:
     """Correct what a sweeper guessed by what the worker itself says, once for each request.
 
-    The worker's price is within its hold, so the two together are, too. Returns the accounts that
+    The two together stay within the hold that the sweeper found. Returns the accounts that
     changed.
     """
     own = {r.request_id: r for r in receipts if r.usage_source is not UsageSource.CHECKPOINT}
@@ -173,7 +173,9 @@ async def _adjust_late(
         for guessed in await conn.fetch(SELECT_GUESSED, list(own)):
             receipt = own[guessed["request_id"]]
             # crash-point: adjust.begin
-            amount = guessed["price_nanos"] - receipt.price_nanos
+            # The till may have forgotten that the hold grew: the user saw no more than this held.
+            price = min(receipt.price_nanos, guessed["hold_nanos"])
+            amount = guessed["price_nanos"] - price
             if not amount:
                 continue
             row = (receipt.billing_account_id, amount, str(receipt.request_id))

@@ -23,7 +23,7 @@ from billing.prices import Rates
 from billing.prices_store import find_rates
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.recover import recovered_receipt
-from billing.till import Confirmation, SpendScopes, Till, spend_scopes
+from billing.till import Confirmation, SpendScopes, Till, shard_prefix, spend_scopes
 from billing.till_epoch import SHARDS
 from config.clock import Seconds, utc_now
 
@@ -37,6 +37,7 @@ CALLS_AT_ONCE = 256
 FORGOTTEN_FACTOR = 4
 # Outbox entries whose age is known; beyond it ages begin anew, which only delays.
 SEEN_MAX = 200_000
+STATES = {b"H", b"F"}
 _PREFIXES = [f"fb:{{s{shard:02x}}}:" for shard in range(SHARDS)]
 
 
@@ -55,10 +56,15 @@ class Sweeper:
     """One sweeper and what it remembers between rounds."""
 
     def __init__(self, pool: Pool, till: Till, *, grace_s: Seconds, takeover_s: Seconds) -> None:
-        """grace_s: how long a lease must be over; takeover_s: how old an outbox entry must be."""
+        """grace_s: how long a lease must be over under our eyes; takeover_s: how old an outbox
+        entry must be."""
         self._pool = pool
         self._till = till
+        self._grace_s = grace_s
         self._grace_ms = int(grace_s * 1000)
+        # Leases that are over: what they say, and since when we know.
+        self._lapsed: dict[bytes, tuple[bytes, Seconds]] = {}
+        self._lapsed_now: dict[bytes, tuple[bytes, Seconds]] = {}
         self._takeover_s = takeover_s
         self._seen: dict[str, Seconds] = {}
         self._rates: dict[int, Rates | None] = {}
@@ -68,11 +74,13 @@ class Sweeper:
         """One round; returns how many holds and outbox entries were ended, by what was done."""
         done: Counter[str] = Counter()
         now_ms = await self._now_ms()
-        over, limit = now_ms - self._grace_ms, ("WITHSCORES", "LIMIT", 0, PER_SHARD_MAX)
-        calls = [("ZRANGEBYSCORE", f"{prefix}leases", "-inf", over, *limit) for prefix in _PREFIXES]
+        limit = ("WITHSCORES", "LIMIT", 0, PER_SHARD_MAX)
+        key = "{}leases".format
+        calls = [("ZRANGEBYSCORE", key(name), "-inf", now_ms, *limit) for name in _PREFIXES]
         for prefix, leases in zip(_PREFIXES, await self._calls(calls), strict=True):
             if leases:
-                done += await self._sweep_holds(prefix, leases, now_ms)
+                done += await self._sweep_holds(prefix, leases)
+        self._lapsed, self._lapsed_now = self._lapsed_now, {}
         done += await self._take_over()
         return done
 
@@ -80,14 +88,17 @@ class Sweeper:
         second, micros = await self._till.link.command(("TIME",))
         return int(second) * 1000 + int(micros) // 1000
 
-    async def _sweep_holds(self, prefix: str, leases: Sequence[bytes], now_ms: int) -> Counter[str]:
+    async def _sweep_holds(self, prefix: str, leases: Sequence[bytes]) -> Counter[str]:
         done: Counter[str] = Counter()
-        forgotten = now_ms - FORGOTTEN_FACTOR * self._grace_ms
-        ends = {
-            request_id.decode(): int(score) <= forgotten
-            for request_id, score in zip(leases[::2], leases[1::2], strict=True)
+        watched = {
+            name: self._watched_s(name, score)
+            for name, score in zip(leases[::2], leases[1::2], strict=True)
         }
+        forgotten_s = FORGOTTEN_FACTOR * self._grace_s
+        ends = {name: s >= forgotten_s for name, s in watched.items() if s >= self._grace_s}
         held = await self._read_holds(prefix, ends)
+        if not held:
+            return done
         async with acquire(self._pool) as conn:
             alive = await living(conn, [hold.worker for hold in held])
         # crash-point: sweep.read
@@ -96,28 +107,58 @@ class Sweeper:
                 done[await self._end(hold)] += 1
         return done
 
-    async def _read_holds(self, prefix: str, ends: dict[str, bool]) -> list[Held]:
+    def _watched_s(self, name: bytes, score: bytes) -> Seconds:
+        """For how long we have watched this lease being over, by our own clock.
+
+        A till, or till and book, that were away come back with leases that nobody could renew and
+        workers that could not say that they live: that time must not count.
+        """
+        now = time.monotonic()
+        known, since = self._lapsed.get(name, (b"", now))
+        if known != score:
+            since = now
+        self._lapsed_now[name] = (score, since)
+        return now - since
+
+    async def _read_holds(self, prefix: str, ends: dict[bytes, bool]) -> list[Held]:
         held = []
-        names = list(ends)
         fields = ("state", "nanos", "worker", "draft")
-        calls = [("HMGET", f"{prefix}h:{request_id}", *fields) for request_id in names]
-        for request_id, found in zip(names, await self._calls(calls), strict=True):
-            if found[1] is None:
-                # A lease without a hold: nothing is kept back by it.
-                await self._till.link.command(("ZREM", f"{prefix}leases", request_id))
+        calls = [("HMGET", f"{prefix}h:".encode() + name, *fields) for name in ends]
+        for name, found in zip(ends, await self._calls(calls), strict=True):
+            if found is None:
                 continue
-            draft = self._receipt(request_id, found[3])
-            if draft is not None:
-                state, nanos, worker = found[0].decode(), int(found[1]), found[2].decode()
-                is_old = ends[request_id]
-                held.append(Held(request_id, state, nanos, worker, draft, is_old))
+            if not any(found):
+                # It ended just now, unless this is a lease without a hold, which holds nothing.
+                await self._till.drop_lease(prefix, name.decode("utf-8", "replace"))
+                continue
+            state, nanos, worker, raw = found
+            request_id = name.decode("utf-8", "replace")
+            draft = self._receipt(prefix, request_id, raw)
+            if draft is None:
+                continue
+            if state not in STATES or not (nanos or b"").isdigit():
+                self._say_once(request_id, "a hold without a state or a size")
+                continue
+            holder = (worker or b"").decode("utf-8", "replace")
+            held.append(Held(request_id, state.decode(), int(nanos), holder, draft, ends[name]))
         return held
 
     async def _calls(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The replies; None for a key that is nothing that the scripts make: it is said, once."""
         found: list[Any] = []
         for start in range(0, len(calls), CALLS_AT_ONCE):
             part = calls[start : start + CALLS_AT_ONCE]
-            found += await asyncio.gather(*map(self._till.link.command, part))
+            replies = await asyncio.gather(
+                *map(self._till.link.command, part), return_exceptions=True
+            )
+            for (_, key, *_), reply in zip(part, replies, strict=True):
+                if isinstance(reply, TillRefused):
+                    self._say_once(str(key), reply.reply)
+                    found.append(None)
+                elif isinstance(reply, BaseException):
+                    raise reply
+                else:
+                    found.append(reply)
         return found
 
     async def _end(self, hold: Held) -> str:
@@ -158,16 +199,17 @@ class Sweeper:
         """Post every outbox entry that is there for too long, whoever settled it."""
         done: Counter[str] = Counter()
         present: set[str] = set()
-        keys = [f"{prefix}outbox" for prefix in _PREFIXES]
-        calls = [("HSCAN", key, b"0", "COUNT", 500) for key in keys]
-        for key, first in zip(keys, await self._calls(calls), strict=True):
-            entries = await self._read_outbox(key, first)
+        calls = [("HSCAN", f"{prefix}outbox", b"0", "COUNT", 500) for prefix in _PREFIXES]
+        for prefix, first in zip(_PREFIXES, await self._calls(calls), strict=True):
+            if first is None:
+                continue
+            entries = await self._read_outbox(f"{prefix}outbox", first)
             present.update(entries)
             receipts = [
                 receipt
-                for request_id, value in entries.items()
-                if self._is_due(request_id)
-                and (receipt := self._receipt(request_id, value.partition(b" ")[2])) is not None
+                for name, value in entries.items()
+                if self._is_due(name)
+                and (receipt := self._receipt(prefix, name, value.partition(b" ")[2])) is not None
             ]
             for start in range(0, len(receipts), BATCH_MAX):
                 done["posted"] += await self._post(receipts[start : start + BATCH_MAX])
@@ -210,16 +252,28 @@ class Sweeper:
             by_account.setdefault(receipt.billing_account_id, []).append(entry)
         for state in states:
             entries = by_account[state.account_id]
-            await self._till.confirm(Confirmation(state=state, receipts=entries))
+            try:
+                await self._till.confirm(Confirmation(state=state, receipts=entries))
+            except TillRefused as exc:
+                # They are in the book; the till keeps its entries until somebody mends it.
+                self._say_once(entries[0][0].scope_keys[0], exc.reply)
             # crash-point: takeover.confirmed
         return len(receipts)
 
-    def _receipt(self, request_id: str, raw: bytes | None) -> ChargeReceipt | None:
+    def _receipt(self, prefix: str, request_id: str, raw: bytes | None) -> ChargeReceipt | None:
+        """The receipt of this very request, or None: then it is said, once."""
         try:
-            return decode_receipt(raw or b"")
+            receipt = decode_receipt(raw or b"")
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             self._say_once(request_id, str(exc))
             return None
+        if receipt.source_reference != request_id:
+            self._say_once(request_id, f"of request {receipt.source_reference}")
+            return None
+        if shard_prefix(receipt.billing_account_id) != prefix:
+            self._say_once(request_id, "of an account of another shard")
+            return None
+        return receipt
 
     def _say_once(self, request_id: str, reason: str) -> None:
         if request_id not in self._garbage and len(self._garbage) < SEEN_MAX:

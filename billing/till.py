@@ -30,7 +30,7 @@ from billing.receipts import ChargeReceipt, encode_receipt
 from billing.single_flight import SingleFlight
 from billing.till_epoch import SHARDS, AccountState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
-from billing.till_wire import Packed, ScopesWire, words
+from billing.till_wire import Packed, Renewal, ScopesWire, words
 from config.clock import Seconds
 from config.ids import id_text
 
@@ -60,7 +60,7 @@ class Scripts:
         self.seed = _script("seed_v2")
         self.renew = _script("renew_v1")
         self.sweep = _script("sweep_v1")
-        self.shard = _script("shard_v1")
+        self.shard = _script("shard_v2")
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
@@ -129,19 +129,6 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
 
     state: AccountState
     receipts: list[tuple[SpendScopes, str]]
-
-
-class Renewal(msgspec.Struct, frozen=True, kw_only=True):
-    """One open request as it stands now: absolute values."""
-
-    request_id: str
-    hold_nanos: int
-    """What it is to hold; more than it does asks for growth."""
-    is_forwarded: bool
-    draft: bytes = b""
-    """The receipt, should its worker die now; empty: as it was."""
-    is_new: bool = False
-    """Place the hold again when the till lost it: the book must not have its receipt."""
 
 
 class Till:
@@ -293,6 +280,14 @@ class Till:
         args: list[Arg] = [request_id, over_ms, state, price, entry, *scopes.kinds]
         return self.link.run(self._scripts.sweep, (*keys, *scopes.scope_keys), args)
 
+    def drop_lease(self, prefix: str, request_id: str) -> asyncio.Future[Any]:
+        """Forget the lease of a hold that is gone, unless it is placed again meanwhile.
+
+        prefix: of the shard. The future gives the word of a `sweep` that ends no state of a hold.
+        """
+        keys = (f"{prefix}outbox", f"{prefix}h:{request_id}", f"{prefix}leases")
+        return self.link.run(self._scripts.sweep, keys, (request_id, 0, "", 0, ""))
+
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Any]:
         """Drop committed receipts from the outbox and take over the account's new state.
 
@@ -317,14 +312,22 @@ class Till:
         """Tell the till what the book says of an account; many callers share one reading."""
 
         async def read_and_seed() -> None:
-            await self.seed(await self._book.read_account(account_id))
+            # Older than the reading: what was confirmed in between to a till that was lost is
+            # in no other place than the book.
+            epoch = await self._known_epoch()
+            await self._seed(await self._book.read_account(account_id), epoch)
             # crash-point: seed.done
 
         await self._reading.run(account_id, read_and_seed)
 
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
-        epoch = self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+        await self._seed(state, await self._known_epoch())
+
+    async def _known_epoch(self) -> int:
+        return self.epoch.number if self.epoch.is_known else await self.learn_epoch()
+
+    async def _seed(self, state: AccountState, epoch: int) -> None:
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
         args = (epoch, state.balance_nanos, state.version, state.status)
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
@@ -347,7 +350,11 @@ class Till:
 
         Credit may have come in, or the account been thawed, without the till being told.
         """
-        if status not in {"short", "frozen"} or not self._may_refresh(account_id):
+        return status in {"short", "frozen"} and await self.refresh(account_id)
+
+    async def refresh(self, account_id: UUID) -> bool:
+        """Tell the till what the book says now; False when it was just asked, or is away."""
+        if not self._may_refresh(account_id):
             return False
         try:
             await self.seed_from_book(account_id)

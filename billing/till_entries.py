@@ -35,6 +35,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     held: int = 0
     open: int = 0
     status: str = ""
+    epoch: int | None = None
+    """In which it was seeded last; nothing is admitted on it in another one."""
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +79,12 @@ class Shard(msgspec.Struct, kw_only=True):
     garbage: list[Garbage] = []
     secrets: list[str] = []
     other_keys: int = 0
+    odd_keys: list[bytes] = []
+    """What nobody can use as it is: a wrong type, nobody's id, a hold that cannot be read."""
+    odd_entries: list[bytes] = []
+    """The same of the outbox."""
+    set_aside: int = 0
+    """Keys that a rebuild could not read and kept for a person to look at."""
     is_cut: bool = False
 
     @property
@@ -109,6 +117,7 @@ class Parser:
         key = f"{self._prefix}leases"
         if isinstance(raw, Exception):
             self._bad(key, WRONG_TYPE, str(raw))
+            shard.odd_keys.append(key.encode())
             return
         for request_id, score in zip(raw[::2], raw[1::2], strict=True):
             name = self._request_id(key, request_id)
@@ -118,8 +127,10 @@ class Parser:
         key = f"{self._prefix}outbox"
         if isinstance(raw, Exception):
             self._bad(key, WRONG_TYPE, str(raw))
+            shard.odd_keys.append(key.encode())
             return
         for field, value in raw.items():
+            known = len(self.garbage)
             name = self._request_id(key, field)
             price, _, receipt = value.partition(b" ")
             entry = OutboxEntry(
@@ -128,23 +139,29 @@ class Parser:
                 receipt=self._receipt(key, name, receipt),
             )
             self._compare(key, name, entry)
+            if len(self.garbage) > known:
+                shard.odd_entries.append(field)
             shard.outbox[name] = entry
 
     def put(self, shard: Shard, raw_key: bytes, fields: Any) -> None:
         """One hash of the shard: an account's scope, a key's, or a hold."""
         key = raw_key.decode("utf-8", "backslashreplace")
         kind, _, ident = key.removeprefix(self._prefix).partition(":")
+        known, owner_id = len(self.garbage), None
+        if not fields:
+            return  # gone since the scan
         if isinstance(fields, Exception):
             self._bad(key, WRONG_TYPE, str(fields))
-        elif not fields:
-            return  # gone since the scan
         elif kind == "h":
             shard.holds[ident] = self._hold(key, ident, fields)
         else:
             owner_id = self._owner(key, kind, ident)
-            if owner_id is not None:
-                scopes = shard.accounts if kind == "a" else shard.keys
-                scopes[owner_id] = self.scope("a" if kind == "a" else "k", owner_id, key, fields)
+        if len(self.garbage) > known:
+            shard.odd_keys.append(raw_key)
+        elif kind != "h" and owner_id is not None:
+            # A wrong number in it is not odd: it can be computed.
+            scopes = shard.accounts if kind == "a" else shard.keys
+            scopes[owner_id] = self.scope("a" if kind == "a" else "k", owner_id, key, fields)
 
     def scope(
         self, kind: Literal["a", "k"], owner_id: UUID, key: str, fields: Mapping[bytes, Any]
@@ -164,6 +181,7 @@ class Parser:
             held=self.integer(key, "held", fields.get(b"held", b"0")),
             open=self.integer(key, "open", fields.get(b"open", b"0")),
             status=status,
+            epoch=self.integer(key, "epoch", fields[b"epoch"]) if b"epoch" in fields else None,
         )
 
     def integer(self, key: str, field: str, raw: Any) -> int:

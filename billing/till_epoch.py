@@ -22,6 +22,8 @@ log = logging.getLogger("billing.till")
 
 SHARDS = 256
 RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+# Of a server that does not say who it is. An emptied till is still found out.
+NAMELESS = "unknown"
 
 
 class AccountState(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +53,7 @@ class TillBook(Protocol):
 
     async def read_epoch(self) -> Epoch: ...
 
-    async def bump_epoch(self, known: int, server_run_id: str) -> Epoch: ...
+    async def bump_epoch(self, known: Epoch, server_run_id: str) -> Epoch: ...
 
 
 class TillEpoch:
@@ -98,7 +100,7 @@ class TillEpoch:
             return self.number
         epoch = await self._book.read_epoch()
         if self._has_ended(epoch, server):
-            epoch = await self._book.bump_epoch(epoch.number, server)
+            epoch = await self._book.bump_epoch(epoch, server)
             log.warning("till.epoch_began", extra={"epoch": epoch.number})
             # crash-point: epoch.begun
             await self.set_shards(epoch.number, "close")
@@ -107,38 +109,50 @@ class TillEpoch:
             self.on_new()
         if epoch.number > 1 and epoch.others and epoch.age_ms < self._rebuild_ms:
             raise TillRebuilding
-        await self.set_shards(epoch.number, "open")
+        if b"lost" in await self.set_shards(epoch.number, "open"):
+            return await self._learn_again(epoch)
         # crash-point: epoch.opened
         self._kept = self.number = epoch.number
         self._server, self._generation = server, generation
         self._is_doubted = self._is_lost = False
         return self.number
 
+    async def _learn_again(self, epoch: Epoch) -> int:
+        """The till was emptied after its shards were closed for this epoch, and nobody saw it.
+
+        Unless the epoch is young: then whoever began it may not have closed them yet.
+        """
+        self._is_doubted = True
+        if epoch.age_ms < self._rebuild_ms:
+            raise TillRebuilding
+        self._kept, self._is_lost = epoch.number, True
+        return await self.learn()
+
     def _has_ended(self, epoch: Epoch, server: str) -> bool:
         if self._is_lost and epoch.number <= self._kept:
             return True
-        return bool(server) and epoch.server_run_id != server
+        return epoch.server_run_id != server
 
     async def has(self, number: int) -> bool:
         """Whether the till's first shard is open in that epoch. Raises TillUnavailable."""
         found = await self._link.command(("GET", epoch_key(0)))
         return bool(found == b"%d" % number)
 
-    async def set_shards(self, number: int, to: str) -> None:
-        """Open or close all shards for an epoch. Idempotent."""
+    async def set_shards(self, number: int, to: str) -> set[bytes]:
+        """Open or close all shards for an epoch, idempotent; returns what they said."""
         replies = [
             self._link.run(self._script, (epoch_key(shard),), (number, to))
             for shard in range(SHARDS)
         ]
-        await asyncio.gather(*replies)
+        return set(await asyncio.gather(*replies))
 
     async def _run_id(self) -> str:
         try:
             told = await self._link.command(("INFO", "server"))
         except TillRefused:
-            return ""  # not everybody may ask; an emptied till is still found out
+            return NAMELESS  # not everybody may ask
         found = RUN_ID.search(told)
-        return found[1].decode() if found else ""
+        return found[1].decode() if found else NAMELESS
 
 
 def epoch_key(shard: int) -> str:

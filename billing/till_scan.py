@@ -103,19 +103,20 @@ async def read_account_scope(url: str, account_id: UUID) -> Scope | None:
 
 
 @asynccontextmanager
-async def open_till(url: str) -> AsyncIterator["TillScan"]:
+async def open_till(url: str, *, entries_max: int = ENTRIES_MAX) -> AsyncIterator["TillScan"]:
     """A connection for looking. Raises TillUnavailable when the till does not answer."""
     async with _client(url) as client:
-        till = TillScan(client)
+        till = TillScan(client, entries_max)
         await till.now_ms()
         yield till
 
 
 class TillScan:
-    """Reads only."""
+    """For looking. A shard with more than entries_max holds or outbox entries is read in part."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, entries_max: int = ENTRIES_MAX) -> None:
         self._client = client
+        self._entries_max = entries_max
 
     async def now_ms(self) -> int:
         """The till's clock, which leases use."""
@@ -123,12 +124,41 @@ class TillScan:
             second, micros = await self._client.execute_command("TIME")
         return int(second) * 1000 + int(micros) // 1000
 
-    async def shards(self) -> AsyncIterator[Shard]:
+    async def run(self, *command: Any) -> Any:
+        """One command. Raises TillUnavailable or TillRefused."""
+        async with _translated():
+            return await self._client.execute_command(*command)
+
+    async def run_all(self, commands: Iterable[Sequence[Any]]) -> list[Any]:
+        """Many commands at once; an error stands in the place of what was refused."""
+        async with _translated():
+            pipe = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        return found
+
+    async def shard(self, name: str) -> Shard:
+        """One shard, read again."""
+        deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
+        found = await self._keys_by_shard(f"fb:{{{name}}}:*", deadline)
+        return await self._read_shard(name, found.get(name, []))
+
+    async def keys(self, pattern: str) -> list[bytes]:
+        """The keys of our shards that fit, in order."""
+        deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
+        found = await self._keys_by_shard(pattern, deadline)
+        return sorted(key for keys in found.values() for key in keys)
+
+    async def patterns(self) -> list[str]:
+        """Names of parts, each of which is small enough to be looked at at once."""
+        async with _translated():
+            return scan_patterns(int(await self._client.execute_command("DBSIZE")))
+
+    async def shards(self, patterns: Iterable[str]) -> AsyncIterator[Shard]:
         """Every shard that has anything, one after the other, each read in several steps."""
         deadline = asyncio.get_running_loop().time() + SCAN_TIMEOUT_S
-        async with _translated():
-            total = await self._client.execute_command("DBSIZE")
-        for pattern in scan_patterns(int(total)):
+        for pattern in patterns:
             found = await self._keys_by_shard(pattern, deadline)
             # Every shard has an epoch, most of a small till have nothing else.
             quiet = {name for name, keys in found.items() if len(keys) == 1 and _is_epoch(keys[0])}
@@ -217,13 +247,17 @@ class TillScan:
         for key in keys:
             if key[len(shard.prefix) :][:2] in {b"a:", b"k:", b"h:"}:
                 hashes.add(key)
+            elif key[len(shard.prefix) :].startswith(b"odd:"):
+                shard.set_aside += 1
             elif key[len(shard.prefix) :] not in {b"epoch", b"outbox", b"leases"}:
                 shard.other_keys += 1
         wanted = sorted(hashes)
         shard.is_cut = shard.is_cut or len(wanted) > 2 * ENTRIES_MAX
         for start in range(0, min(len(wanted), 2 * ENTRIES_MAX), CALLS_AT_ONCE):
             part = wanted[start : start + CALLS_AT_ONCE]
-            for key, fields in zip(part, await self._calls(part), strict=True):
+            # An error stands in the place of what is no hash.
+            found = await self.run_all([("HGETALL", key) for key in part])
+            for key, fields in zip(part, found, strict=True):
                 parser.put(shard, key, fields)
         shard.garbage, shard.secrets = parser.garbage, parser.secrets
         return shard
@@ -234,7 +268,7 @@ class TillScan:
         async with _translated():
             pipe = self._client.pipeline(transaction=False)
             pipe.execute_command("GET", f"{prefix}epoch")
-            pipe.execute_command("ZRANGE", f"{prefix}leases", 0, ENTRIES_MAX, "WITHSCORES")
+            pipe.execute_command("ZRANGE", f"{prefix}leases", 0, self._entries_max, "WITHSCORES")
             epoch, leases = await pipe.execute(raise_on_error=False)
         parser.put_epoch(shard, epoch)
         parser.put_leases(shard, leases)
@@ -244,7 +278,7 @@ class TillScan:
                 reply = await self._scan_outbox(f"{prefix}outbox", cursor)
             cursor = reply[0]
             parser.put_outbox(shard, reply[1])
-            shard.is_cut = max(len(shard.leases), len(shard.outbox)) > ENTRIES_MAX
+            shard.is_cut = max(len(shard.leases), len(shard.outbox)) > self._entries_max
             if shard.is_cut or cursor == b"0":
                 return
 
@@ -256,15 +290,6 @@ class TillScan:
         if isinstance(reply, ResponseError):
             return b"0", reply
         return str(reply[0]).encode(), reply[1]
-
-    async def _calls(self, keys: Sequence[bytes]) -> list[Any]:
-        """The hashes at these keys; an error stands in the place of what is no hash."""
-        async with _translated():
-            pipe = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipe.execute_command("HGETALL", key)
-            found: list[Any] = await pipe.execute(raise_on_error=False)
-        return found
 
 
 def _is_epoch(key: bytes) -> bool:

@@ -19,6 +19,20 @@ class Packed(msgspec.Struct, frozen=True):
     words: bytes
 
 
+class Renewal(msgspec.Struct, frozen=True, kw_only=True):
+    """One open request as it stands now: absolute values."""
+
+    request_id: str
+    hold_nanos: int
+    """What it is to hold; more than it does asks for growth."""
+    is_forwarded: bool
+    draft: bytes = b""
+    """The receipt, should its worker die now; empty: as it was."""
+    is_new: bool = False
+    """Place the hold again when the till lost it, or the growth that was granted: hold_nanos is
+    then no wish. The book must not have its receipt."""
+
+
 class _Call(msgspec.Struct, frozen=True):
     """One script's words: those that stay, and gaps for what differs between two requests."""
 

@@ -29,6 +29,11 @@ def _encoding() -> tiktoken.Encoding:
     return tiktoken.get_encoding("o200k_base")
 
 
+def is_ready() -> bool:
+    """False until the first count: reading the tokenizer's data takes half a second."""
+    return bool(_encoding.cache_info().currsize)
+
+
 def count_tokens(text: str) -> int:
     """Tokens of a text in o200k_base; every special token counts as plain text."""
     if not text:

@@ -79,6 +79,7 @@ class Work(Table, frozen=True, kw_only=True):
     every_s: Seconds = 5.0
     sweep_grace_s: Seconds = 15.0
     takeover_after_s: Seconds = 10.0
+    audit_every_s: Seconds = 60.0
 
 
 class Keys(Table, frozen=True, kw_only=True):
@@ -115,6 +116,8 @@ class Limits(Table, frozen=True, kw_only=True):
     loop_lag_max_ms: Milliseconds = 20
     loop_lag_for_ms: Milliseconds = 1000
     memory_percent_max: Percent = 80
+    stream_window_tokens: NotNegative = 4096
+    output_tokens_min: Positive = 256
 
 
 class Timeouts(Table, frozen=True, kw_only=True):
@@ -186,6 +189,7 @@ class Model(Table, frozen=True, kw_only=True):
     context_tokens: Positive = 128_000
     output_tokens_max: Positive = 16_384
     image_tokens_max: NotNegative = 0
+    stream_window_tokens: NotNegative | None = None
     owned_by: Text = "farebox"
 
 

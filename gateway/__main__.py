@@ -2,7 +2,7 @@
 
 import click
 
-from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings, work
+from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings, till, work
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,6 +22,7 @@ main.add_command(accounts.credits)
 main.add_command(accounts.keys)
 main.add_command(receipts.receipts)
 main.add_command(audit.audit)
+main.add_command(till.till)
 main.add_command(bench.bench)
 
 

@@ -7,10 +7,12 @@ from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.types import ASGIApp
 
+from billing.errors import BillingError
+from billing.figures import Figures, read
 from config.ids import id_text, new_id
 from gateway.errors import ApiError, internal_error, to_api_error
 from gateway.health import failing_parts, may_read_metrics
-from gateway.metrics import CONTENT_TYPE
+from gateway.metrics import CONTENT_TYPE, figures_text
 from gateway.services import Services
 from keys.errors import KeysError
 
@@ -42,6 +44,7 @@ def build_app(services: Services) -> ASGIApp:
             raise ApiError(401, "invalid_api_key", message, kind=kind, headers=headers)
         services.metrics.fold()
         text = await services.aside.run(services.metrics.text)
+        text += figures_text(await _figures(services))
         return Response(text, media_type=CONTENT_TYPE.decode())
 
     return Litestar(
@@ -58,6 +61,14 @@ async def _is_reader(services: Services, authorization: str) -> bool:
         return await may_read_metrics(services, authorization)
     except KeysError as exc:
         raise to_api_error(exc) from exc
+
+
+async def _figures(services: Services) -> tuple[Figures, int] | None:
+    """What the work process published; nothing when the till is away."""
+    try:
+        return await read(services.link)
+    except BillingError:
+        return None
 
 
 def _answer(exc: ApiError) -> Response[bytes]:

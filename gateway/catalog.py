@@ -53,6 +53,11 @@ def _model(
         output_tokens_max=model.output_tokens_max,
         context_tokens=model.context_tokens,
         image_tokens_max=model.image_tokens_max,
+        stream_window_tokens=(
+            settings.limits.stream_window_tokens
+            if model.stream_window_tokens is None
+            else model.stream_window_tokens
+        ),
         owned_by=model.owned_by,
     )
 

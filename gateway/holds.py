@@ -17,7 +17,7 @@ from billing.book import acquire
 from billing.errors import BillingError, TillRefused
 from billing.fleet import say_alive, say_gone
 from billing.receipts import encode_receipt
-from billing.till import Renewal
+from billing.till_wire import Renewal
 from billing.tokens import count_tokens
 from config.clock import seconds
 from gateway.protocols.chat import prompt_text
@@ -97,35 +97,40 @@ class HoldKeeper:
         # crash-point: renew.queued
         for reply, answer in zip(still_open, answers, strict=True):
             try:
-                status = bytes((await answer)[0])
+                status, held, _ = await answer
             except TillRefused as exc:
                 log.error("holds.renew_refused", extra={"reply": exc.reply})
                 continue
             # crash-point: renew.answered
+            reply.call.take_over(held)
             reply.renewed_at = asyncio.get_running_loop().time()
             if status in {b"gone", b"settled"} and reply.call.is_open:
                 await self._look_for(reply)
 
     async def _count(self, replies: Sequence["Reply"]) -> None:
         """Bring the token counts of their receipts up to date, all of them in one thread."""
-        work = [(reply, *reply.uncounted()) for reply in replies]
+        work = [(reply, reply.progress.uncounted(reply.seen)) for reply in replies]
         await asyncio.sleep(0)
 
         def count() -> list[tuple[int | None, int]]:
             return [
-                (_prompt_tokens(r.call.facts) if is_first else None, count_tokens(text))
-                for r, is_first, text in work
+                (
+                    _prompt_tokens(reply.call.facts) if part.with_prompt else None,
+                    count_tokens(part.text),
+                )
+                for reply, part in work
             ]
 
-        for (reply, _, text), counts in zip(work, await asyncio.to_thread(count), strict=True):
-            reply.write_down(text, *counts)
+        for (reply, part), counts in zip(work, await asyncio.to_thread(count), strict=True):
+            reply.progress.write_down(part, *counts)
 
     def _send(self, reply: "Reply", *, is_new: bool = False) -> asyncio.Future[Any]:
         call = reply.call
         assert call.receipt is not None
         renewal = Renewal(
             request_id=call.request_id,
-            hold_nanos=call.hold_nanos,
+            # What is placed again is what was held: growth is asked for after it.
+            hold_nanos=call.hold_nanos if is_new else max(call.hold_nanos, call.wanted_nanos),
             is_forwarded=call.is_sent,
             draft=encode_receipt(call.receipt),
             is_new=is_new,

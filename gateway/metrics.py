@@ -7,9 +7,9 @@ of them answers for all: what the others counted is up to `LAG_EVERY_S` old.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,7 +20,10 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from billing.figures import Figures
 from billing.receipts import ChargeReceipt
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -233,6 +236,56 @@ class Metrics:
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
+
+
+class _Shown(NamedTuple):
+    name: str
+    documentation: str
+    field: str
+    per_unit: int = 1
+
+
+# What one process finds out for all: whichever worker is asked says the same.
+_SHOWN = (
+    _Shown(
+        "ledger_drift_nanos", "Nanos that till, ledger and balances disagree by.", "drift_nanos"
+    ),
+    _Shown("holds_usd", "Held for open requests.", "held_nanos", NANOS_PER_USD),
+    _Shown("liabilities_usd", "What accounts have left.", "liabilities_nanos", NANOS_PER_USD),
+    _Shown("open_holds", "Holds in the till.", "holds"),
+    _Shown("oldest_hold_seconds", "Age of the oldest of them.", "oldest_hold_s"),
+    _Shown("outbox_entries", "Receipts in the till that wait for the book.", "outbox"),
+    _Shown("oldest_outbox_seconds", "Age of the oldest of them.", "oldest_outbox_s"),
+)
+
+
+class _Published(Collector):
+    def __init__(self, figures: Figures, age_ms: int) -> None:
+        self._figures = figures
+        self._age_ms = age_ms
+
+    def collect(self) -> Iterator[Metric]:
+        for name, documentation, field, per_unit in _SHOWN:
+            value = getattr(self._figures, field) / per_unit
+            yield GaugeMetricFamily(f"farebox_{name}", documentation, value)
+        age = GaugeMetricFamily("farebox_figures_age_seconds", "Age of these figures.")
+        age.add_metric([], self._age_ms / 1000)
+        yield age
+        swept = CounterMetricFamily(
+            "farebox_swept_holds", "Holds of dead workers that were ended.", labels=["outcome"]
+        )
+        for outcome in ("recovered", "voided"):
+            swept.add_metric([outcome], getattr(self._figures, outcome))
+        yield swept
+
+
+def figures_text(published: tuple[Figures, int] | None) -> bytes:
+    """What the work process published and how old it is (ms), in the text format."""
+    if published is None:
+        return b""
+    registry = CollectorRegistry()
+    registry.register(_Published(*published))
+    return generate_latest(registry)
 
 
 def _gauge(

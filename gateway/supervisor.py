@@ -1,8 +1,8 @@
 """The parent of the workers: one listening socket, N processes, children stop last.
 
 A worker's imports take as long as the stores' start, so it is launched first and gets its settings
-when the stores are there. A worker that dies is started again; its open holds stay until a
-sweeper ends them, which this release does not have. The parent never serves a request itself.
+when the stores are there. A worker that dies is started again; what it had open is ended by the
+sweeper (gateway/work.py). The parent never serves a request itself.
 Failure: WorkersFailed when the workers cannot be brought up.
 """
 

@@ -1,7 +1,8 @@
 """`farebox work`: what has to be done besides serving, by one process at a time.
 
-It ends the holds of dead workers and posts receipts that nobody posted. Several may run; the one
-that holds an advisory lock works, the others stand by. It never serves a request.
+It ends the holds of dead workers, posts receipts that nobody posted, and looks whether ledger and
+till agree. Several may run; the one that holds an advisory lock works, the others stand by. It
+never serves a request.
 Failure: a round that fails is logged and done again; while a store is away nothing is lost.
 """
 
@@ -16,6 +17,7 @@ import msgspec
 
 from billing import book
 from billing.errors import BillingError
+from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
 from billing.idempotency import purge_idempotent_requests
 from billing.spool_replay import post_into, replay_spool
@@ -33,6 +35,8 @@ TILL_CALL_S, TILL_STALL_S = 2.0, 5.0
 CALLS_PENDING_MAX = 10_000
 POOL_SIZE = 2
 HOUR_S = 3600.0
+# So many looks may fail before their last figures are not shown any more.
+FIGURES_LAST_LOOKS = 5
 
 
 class Job(msgspec.Struct):
@@ -106,6 +110,12 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
     await link.wait_up(TILL_CALL_S)
     till = Till(link, scripts, PoolBook(pool, ""), worker="", lease_ms=0)
     sweeper = Sweeper(pool, till, grace_s=work.sweep_grace_s, takeover_s=work.takeover_after_s)
+    looks = Looks(pool, settings, link)
+
+    async def sweep() -> Counter[str]:
+        done = await sweeper.sweep()
+        looks.swept.update(done)
+        return done
 
     async def replay() -> Counter[str] | None:
         if not limits.spool_dir:
@@ -122,12 +132,45 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
         yield [
             # Before the sweep: what a dead worker knew is better than what a sweeper guesses.
             Job("spool.replay", work.every_s, replay),
-            Job("sweep", work.every_s, sweeper.sweep),
+            Job("sweep", work.every_s, sweep),
+            Job("audit", work.audit_every_s, looks.look),
             Job("forget", HOUR_S, forget),
         ]
     finally:
         await link.close()
         pool.terminate()
+
+
+class Looks:
+    """Looks whether the money adds up, and publishes what the metrics show of it."""
+
+    def __init__(self, pool: book.Pool, settings: Settings, link: TillLink) -> None:
+        from billing.drift import DriftWatch
+
+        self._watch = DriftWatch(pool, settings.till.url.reveal())
+        self._link = link
+        self._lasts_ms = int(settings.work.audit_every_s * 1000) * FIGURES_LAST_LOOKS
+        self.swept: Counter[str] = Counter()
+
+    async def look(self) -> None:
+        """One look; a store that is away must not keep the sweeper from its work."""
+        try:
+            seen = await self._watch.look()
+            figures = Figures(
+                drift_nanos=seen.drift_nanos,
+                held_nanos=seen.held_nanos,
+                liabilities_nanos=seen.liabilities_nanos,
+                holds=seen.holds,
+                oldest_hold_s=seen.hold_age_s,
+                outbox=seen.entries,
+                oldest_outbox_s=seen.entry_age_s,
+                recovered=self.swept["recovered"],
+                voided=self.swept["voided"],
+                at_ms=await till_now_ms(self._link),
+            )
+            await publish(self._link, figures, self._lasts_ms)
+        except (BillingError, TimeoutError) as exc:
+            log.warning("work.look_failed", extra={"error": repr(exc)})
 
 
 @asynccontextmanager

@@ -5,7 +5,8 @@
 -- KEYS  1 epoch   2 outbox   3 leases   4 hold   5.. scopes
 -- ARGV  1 epoch   2 request id   3 lease, ms   4 state (H or F)   5 draft of the receipt ('': as it is)
 --       6 hold wanted, nanos (not above what is held: no growth)
---       7 worker that holds it, should the till have lost it ('': do not place it again)
+--       7 worker that holds it, should the till have lost it or some of it ('': do not place it
+--         again); the hold is then what was granted
 --       8.. for each scope: kind (A account, B budget, K key), limit in nanos (B only, else 0)
 -- Reply {status, nanos held, nanos available to the scope that is short}
 --       status: ok, short (no growth), wait (no growth before the till is open and the scope seeded),
@@ -34,8 +35,12 @@ if ARGV[4] == 'F' then redis.call('HSET', KEYS[4], 'state', 'F') end
 local more = wanted - tonumber(held)
 if more <= 0 then return {'ok', tonumber(held), 0} end
 
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {'wait', tonumber(held), 0} end
-for i = 5, #KEYS do
+-- Growth that the till lost was promised, too.
+local is_new_growth = ARGV[7] == ''
+if is_new_growth and redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return {'wait', tonumber(held), 0}
+end
+for i = 5, is_new_growth and #KEYS or 0 do
   local kind, limit = ARGV[8 + (i - 5) * 2], tonumber(ARGV[9 + (i - 5) * 2])
   if kind ~= 'K' then
     local f = redis.call('HMGET', KEYS[i], 'posted', 'uncommitted', 'held', 'epoch')

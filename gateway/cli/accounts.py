@@ -145,9 +145,10 @@ def grant_credits(
         from billing.fleet import read_epoch
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
+            epoch = (await read_epoch(conn)).number  # before what is told in it was read
             state = await book.grant(conn, uid, nanos, reference, rest["note"])
             try:
-                await till_scan.tell_account(urls.till_url, state, (await read_epoch(conn)).number)
+                await till_scan.tell_account(urls.till_url, state, epoch)
             except TillUnavailable:
                 click.echo("farebox: the till did not answer; it will ask the book", err=True)
             return state

@@ -17,6 +17,7 @@ NAME = "chat.completions"
 OUTPUT_TOKENS_MAX = 10_000_000
 CHOICES_MAX = 128
 MODEL_LENGTH_MAX = 256
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 # Names of keys that are compared before a body counts as ambiguous.
 NAMES_MAX = 1000
 INCLUDE_USAGE = Raw(b'{"include_usage":true}')
@@ -115,7 +116,7 @@ def read_facts(body: bytes) -> CallFacts:
     hidden = b"\\" in body and is_in(_HIDDEN_ASCII, body)
     options = _stream_options(fields)
     image_parts, image_bytes = _count_images(fields, hidden)
-    limits = [_integer(fields, key) for key in ("max_completion_tokens", "max_tokens")]
+    limits = [_integer(fields, key) for key in OUTPUT_LIMITS]
     asked = [limit for limit in limits if limit is not None]
     return CallFacts(
         model=_model(fields),
@@ -135,15 +136,17 @@ def read_facts(body: bytes) -> CallFacts:
     )
 
 
-def upstream_body(facts: CallFacts, upstream_model: str) -> bytes:
+def upstream_body(facts: CallFacts, upstream_model: str, output_tokens: int | None = None) -> bytes:
     """The body for the provider: as received, unless money or routing needs a change.
 
     Values keep their bytes; usage is always asked for in streams; when a billed key was ambiguous
-    the body is written from what we read, so that the provider reads the same.
+    the body is written from what we read, so that the provider reads the same. output_tokens: the
+    most that one choice may have, when it is less than what the client asked for.
     """
     # Other spellings of include_usage would undo it: they are not passed on.
     ask_usage = facts.stream and (facts.ambiguous or not facts.wants_usage or _respelt(facts))
-    if not (ask_usage or facts.ambiguous or upstream_model != facts.model):
+    is_changed = upstream_model != facts.model or output_tokens is not None
+    if not (ask_usage or facts.ambiguous or is_changed):
         return facts.body
     fields = dict(facts.fields)
     fields["model"] = Raw(msgspec.json.encode(upstream_model))
@@ -151,7 +154,17 @@ def upstream_body(facts: CallFacts, upstream_model: str) -> bytes:
         kept = {k: v for k, v in facts.stream_options.items() if k.casefold() != "include_usage"}
         options = kept | {"include_usage": Raw(b"true")}
         fields["stream_options"] = Raw(msgspec.json.encode(options))
+    if output_tokens is not None:
+        fields |= _lowered(facts.fields, output_tokens)
     return msgspec.json.encode(fields)
+
+
+def _lowered(fields: dict[str, Raw], output_tokens: int) -> dict[str, Raw]:
+    """The client's own limits, lowered; without any, the newer of the two."""
+    asked = {key: _integer(fields, key) for key in OUTPUT_LIMITS}
+    lowered = {key: min(most, output_tokens) for key, most in asked.items() if most is not None}
+    lowered = lowered or {OUTPUT_LIMITS[0]: output_tokens}
+    return {key: Raw(b"%d" % most) for key, most in lowered.items()}
 
 
 def _respelt(facts: CallFacts) -> bool:

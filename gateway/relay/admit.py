@@ -5,21 +5,22 @@ import time
 from billing.errors import (
     AccountUnknown,
     BookUnavailable,
+    InsufficientCredit,
     ReceiptsPending,
     Refusal,
     TillUnavailable,
 )
 from billing.prices import Rates
-from billing.quote import hold_for, input_ceiling
 from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
 from gateway.protocols.facts import CallFacts
+from gateway.relay.afford import bound_prompt, fit, prompt_least, size_hold
 from gateway.relay.call import Arrival, Call, Caller, PublicModel
 from gateway.services import Services
 
-# Text has hardly ever more bytes for each token than this; English has some four and a half.
-BYTES_PER_TOKEN_MOST = 8
+# What is available may change between a refusal and the next try.
+FIT_TRIES = 3
 
 
 def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
@@ -40,10 +41,11 @@ def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFac
     return call
 
 
-async def admit(services: Services, call: Call) -> None:
+async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
     """Place the hold. Raises a BillingError; the call is then open if the till may have the hold.
 
-    An open call must be ended, whatever the till said or did not say.
+    An open call must be ended, whatever the till said or did not say. A call that costs more than
+    what is available is made to fit, if that leaves something useful.
     """
     receipt = call.open_receipt(Outcome.RECOVERED)
     # Should we die before the first checkpoint: surely no more than the prompt's tokens.
@@ -53,6 +55,9 @@ async def admit(services: Services, call: Call) -> None:
     call.is_open = True
     try:
         await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
+    except InsufficientCredit as exc:
+        call.is_open = False
+        await _fit(services, call, exc.available_nanos, tries)
     except (Refusal, AccountUnknown, BookUnavailable):
         call.is_open = False
         raise
@@ -63,18 +68,19 @@ async def admit(services: Services, call: Call) -> None:
     # crash-point: admit.placed
 
 
-def prompt_least(facts: CallFacts) -> int:
-    """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
-    around = len(facts.body) - memoryview(facts.fields.get("messages", b"")).nbytes
-    return max((facts.text_bytes - around) // BYTES_PER_TOKEN_MOST, 1)
+async def _fit(services: Services, call: Call, available_nanos: int, tries: int) -> None:
+    """Admit what can be paid of a call, or refuse it with what it needs as it was asked for."""
+    output_min = services.settings.limits.output_tokens_min
+    fits = await fit(call, available_nanos, output_min, services.counter)
+    if not fits or not tries:
+        raise InsufficientCredit(needed_nanos=call.hold_nanos, available_nanos=available_nanos)
+    await admit(services, call, tries - 1)
 
 
 def _size_hold(call: Call, unpriced_is_free: bool) -> None:
-    facts, model = call.facts, call.model
-    call.input_ceiling = input_ceiling(facts.text_bytes, facts.image_parts, model.image_tokens_max)
-    output_tokens = facts.output_tokens or model.output_tokens_max
-    call.output_max = (output_tokens + facts.extra_output_tokens) * facts.choices
-    rates = call.rates
+    facts, model, rates = call.facts, call.model, call.rates
+    bound_prompt(call)
+    call.output_max = (call.output_tokens + facts.extra_output_tokens) * facts.choices
     if rates is None:
         if not unpriced_is_free:
             message = f"The model '{facts.model}' has no price, so it cannot be used yet."
@@ -82,7 +88,7 @@ def _size_hold(call: Call, unpriced_is_free: bool) -> None:
         return
     if facts.image_parts or facts.audio_output:
         _refuse_unpriced(facts, model, rates)
-    call.hold_nanos = hold_for(call.input_ceiling, call.output_max, rates, model.markup_bps)
+    size_hold(call, rates)
 
 
 def _refuse_unpriced(facts: CallFacts, model: PublicModel, rates: Rates) -> None:

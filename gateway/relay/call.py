@@ -49,6 +49,7 @@ class PublicModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     output_tokens_max: int
     context_tokens: int
     image_tokens_max: int
+    stream_window_tokens: int
     owned_by: str
 
     @cached_property
@@ -104,18 +105,23 @@ class Call:
         "caller",
         "facts",
         "first_byte_at",
+        "hold_max_nanos",
         "hold_nanos",
         "input_ceiling",
+        "is_counted",
         "is_open",
         "is_sent",
         "is_taken",
+        "lowered_to",
         "model",
         "output_max",
+        "output_tokens",
         "price",
         "receipt",
         "route",
         "upstream_request_id",
         "upstream_wait_s",
+        "wanted_nanos",
     )
 
     def __init__(
@@ -134,7 +140,17 @@ class Call:
         """The one in use; another takes its place when it failed and nothing was billed."""
         self.price = price
         self.hold_nanos = 0
+        self.hold_max_nanos = 0
+        """What a call that cannot be stopped in the middle holds: growth ends here."""
+        self.wanted_nanos = 0
+        """What the next renewal asks for, when it is more than what is held."""
         self.input_ceiling = 0
+        self.is_counted = False
+        """Whether the ceiling rests on a count of the tokens instead of the bytes."""
+        self.output_tokens = facts.output_tokens or model.output_tokens_max
+        """What one choice may have: as asked for, or lowered to what can be paid."""
+        self.lowered_to: int | None = None
+        """The same, when it was lowered."""
         self.output_max = 0
         self.is_open = False
         self.is_sent = False
@@ -154,6 +170,15 @@ class Call:
     @property
     def rates(self) -> Rates | None:
         return None if self.price is None else self.price.rates
+
+    @property
+    def output_asked(self) -> int:
+        """The output tokens of one choice that the client asked for."""
+        return self.facts.output_tokens or self.model.output_tokens_max
+
+    def take_over(self, held_nanos: int) -> None:
+        """The till holds that much for this call. It is never told to hold less."""
+        self.hold_nanos = max(self.hold_nanos, held_nanos)
 
     def open_receipt(self, outcome: Outcome) -> ChargeReceipt:
         """The receipt of this call at its beginning, with nothing charged yet."""

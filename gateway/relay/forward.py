@@ -85,7 +85,7 @@ async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
     request = UpstreamRequest(
         path=CHAT_PATH,
         model=route.upstream_model,
-        body=upstream_body(call.facts, route.upstream_model),
+        body=upstream_body(call.facts, route.upstream_model, call.lowered_to),
         stream=call.facts.stream,
         request_id=call.request_id,
     )

@@ -9,7 +9,8 @@ from gateway.http1.exchange import Exchange, Header
 from gateway.relay.call import Arrival
 
 EXPOSED = (
-    b"x-request-id, x-receipt-id, x-farebox-overhead-ms, x-cost-usd, x-balance-usd, retry-after"
+    b"x-request-id, x-receipt-id, x-farebox-overhead-ms, x-farebox-max-tokens, x-cost-usd, "
+    b"x-balance-usd, retry-after"
 )
 CORS: tuple[Header, ...] = (
     (b"access-control-allow-origin", b"*"),

@@ -9,6 +9,7 @@ Failure: every way a provider can fail becomes an error the client understands, 
 import asyncio
 import time
 from decimal import Decimal
+from functools import cached_property
 
 from billing.receipts import Outcome
 from billing.settler import Settled
@@ -19,7 +20,9 @@ from gateway.relay.body import relay_body
 from gateway.relay.call import Call
 from gateway.relay.client import Client
 from gateway.relay.forward import cost_in_header, forward, note_failure, read_error
+from gateway.relay.growth import pay_in_full
 from gateway.relay.http_in import CORS, JSON
+from gateway.relay.progress import Progress
 from gateway.relay.record import record
 from gateway.relay.seen import Seen
 from gateway.relay.settle import (
@@ -51,8 +54,11 @@ class Reply:
         self._is_draining = False
         self._is_cut_off = False
         self.renewed_at = services.dogs.now()
-        self._counted_chars = 0
-        self._is_prompt_counted = False
+
+    @cached_property
+    def progress(self) -> Progress:
+        """What was counted of the answer: most requests are over before anybody counts."""
+        return Progress(self.call)
 
     async def __call__(self, exchange: Exchange) -> None:
         timeouts = self.services.settings.timeouts
@@ -121,11 +127,14 @@ class Reply:
         self.client.last(body)
 
     async def bill(self) -> Bill:
-        """What the provider reported, else our own count of what came."""
-        reported = bill_reported(self.call, self.seen, self.header_usd)
-        if reported is not None:
-            return reported
-        return await bill_counted(self.call, self.seen, self.header_usd, self.services.counter)
+        """What the provider reported, else our own count of what came; held for if it can be."""
+        call, seen = self.call, self.seen
+        bill = bill_reported(call, seen, self.header_usd)
+        if bill is None:
+            bill = await bill_counted(call, seen, self.header_usd, self.services.counter)
+        if bill.charge.overrun_nanos and call.hold_nanos < call.hold_max_nanos:
+            return await pay_in_full(self.services.till, call, bill)
+        return bill
 
     def settle(self, outcome: Outcome, bill: Bill) -> Settled:
         """End the call: one receipt, on its way to till and book when this returns."""
@@ -153,24 +162,6 @@ class Reply:
         finally:
             # crash-point: left.settling
             await wait_settled(self.services, self.settle(outcome, bill))
-
-    def uncounted(self) -> tuple[bool, str]:
-        """What no checkpoint counted yet: whether the prompt is part of it, and the text."""
-        return not self._is_prompt_counted, self.seen.text()[self._counted_chars :]
-
-    def write_down(self, text: str, prompt_tokens: int | None, text_tokens: int) -> None:
-        """Take over what a checkpoint counted; never more than the provider will have counted."""
-        receipt = self.call.receipt
-        if receipt is None or not self.call.is_open:
-            return
-        if prompt_tokens is not None:
-            # Counted, it replaces the estimate, which may be the higher one; 0: too long to count.
-            receipt.input_tokens = prompt_tokens or receipt.input_tokens
-            self._is_prompt_counted = True
-        if text:
-            # A token may lie across the place where two checkpoints meet.
-            receipt.output_tokens += text_tokens - (self._counted_chars > 0)
-            self._counted_chars += len(text)
 
     def lose_hold(self) -> None:
         """Somebody took us for dead and ended this call in the book: stop, at what came."""
@@ -204,9 +195,12 @@ class Reply:
         overhead_s = max(spent_s - call.upstream_wait_s, 0)
         self.services.metrics.overhead.observe(overhead_s)
         request_id = call.request_id.encode()
-        return [
+        headers: list[Header] = [
             (b"x-request-id", b"req_" + request_id),
             (b"x-receipt-id", b"rcpt_" + request_id),
             (b"x-farebox-overhead-ms", b"%.2f" % (overhead_s * 1000)),
             *CORS,
         ]
+        if call.lowered_to is not None:
+            headers.append((b"x-farebox-max-tokens", b"%d" % call.lowered_to))
+        return headers

@@ -10,6 +10,8 @@ from msgspec import Raw
 
 from gateway.protocols import sse
 from gateway.protocols.chat_answer import Answer, read_answer, read_string, read_usage, texts_in
+from gateway.protocols.chat_end import finished_choices
+from gateway.protocols.chat_text import FrameTexts
 from gateway.protocols.facts import UsageReport
 
 # Frames are turned into text, a twentieth of their size, when a stream has kept this many bytes.
@@ -47,8 +49,11 @@ class Seen:
         self.upstream_id = ""
         self.bytes = 0
         self.chars_beyond = 0
+        self.text_bytes = 0
+        self.chars = 0
+        self.finished: frozenset[int] = frozenset()
+        self._frame_texts: FrameTexts | None = None
         self._texts: list[str] = []
-        self._chars = 0
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._body = b""
@@ -57,6 +62,11 @@ class Seen:
     def is_empty(self) -> bool:
         """True when nothing of a completion came: no text, no usage, not even a model's name."""
         return self.report is None and not self.text() and not self.model
+
+    @property
+    def text_size(self) -> int:
+        """All of the text in bytes, nearly: what is beyond the bound in characters."""
+        return self.text_bytes + self.chars_beyond
 
     def note(self, answer: Answer) -> None:
         """Take over what an answer or frame says of itself."""
@@ -75,28 +85,49 @@ class Seen:
         self._kept_bytes += size
         ALL_KEPT.bytes += size
         if self._kept_bytes > KEPT_BYTES_MAX_THEN and self._kept_bytes > ALL_KEPT.bound():
-            self._fold()
+            self.fold()
 
     def keep_body(self, body: bytes) -> None:
         self._body = body
 
     def text(self) -> str:
         """All text that came, but for `chars_beyond` characters."""
-        self._fold()
+        self.fold()
         if self._body:
             body, self._body = self._body, b""
             self.add_text(texts_in(body))
-        return "".join(self._texts)
+        self._texts = ["".join(self._texts)]
+        return self._texts[0]
+
+    def text_after(self, chars: int) -> str:
+        """The text that came after so many characters, of what `fold` took in."""
+        parts, left = [], self.chars - chars
+        for text in reversed(self._texts):
+            if left <= 0:
+                break
+            parts.append(text[-left:])
+            left -= len(text)
+        return "".join(reversed(parts))
+
+    def cut(self, chars: int) -> None:
+        """Forget so many characters at the end of the text: they were not delivered."""
+        beyond = min(chars, self.chars_beyond)
+        self.chars_beyond -= beyond
+        text = self.text()
+        kept = text[: len(text) - (chars - beyond)]
+        self._texts, self.chars = [kept], len(kept)
+        self.text_bytes = _size(kept)
 
     def add_text(self, texts: Iterable[str]) -> None:
         text = "".join(texts)
-        room = TEXT_CHARS_MAX - self._chars
+        room = TEXT_CHARS_MAX - self.chars
         if len(text) > room:
             self.chars_beyond += len(text) - room
             text = text[:room]
         if text:
             self._texts.append(text)
-            self._chars += len(text)
+            self.chars += len(text)
+            self.text_bytes += _size(text)
 
     def release(self) -> None:
         """Keep no more frames: the call is settled, nobody will count."""
@@ -115,11 +146,17 @@ class Seen:
                 self.model = self.model or read_string(answer.model)
                 self.upstream_id = self.upstream_id or read_string(answer.id)
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
+        """Turn the frames that were kept into text."""
         if not self.model:
             self._learn_ids()
         kept = self._kept
         self.release()
-        # Comments and the like would cost as much as frames with text.
-        frames = sse.frames_with(b'"choices"', b"".join(kept))
-        self.add_text(text for frame in frames for text in texts_in(sse.payload_of(frame)))
+        frames = b"".join(kept)
+        self.finished = self.finished.union(finished_choices(frames))
+        self._frame_texts = self._frame_texts or FrameTexts()
+        self.add_text(self._frame_texts.read(frames))
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))

@@ -74,6 +74,11 @@ async def bill_counted(
     return _bill(call, usage, UsageSource.COUNTED, _reported_usd(call, seen, header_usd))
 
 
+def charged_again(call: Call, bill: Bill) -> Bill:
+    """The same bill, by what the call holds now."""
+    return _bill(call, bill.usage, bill.usage_source, bill.charge.reported_usd)
+
+
 def _reported_usd(call: Call, seen: Seen, header_usd: Decimal | None) -> Decimal | None:
     if not call.route.reported_cost:
         return None

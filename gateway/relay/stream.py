@@ -8,19 +8,18 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-import msgspec
-from msgspec import Raw
-
 from billing.receipts import Outcome
 from billing.usage import UsageSource
 from gateway.errors import NOT_CHARGED, ApiError, upstream_error
 from gateway.http1.exchange import Header
 from gateway.protocols import sse
 from gateway.protocols.chat_answer import usage_for_client, usage_object, with_usage
+from gateway.protocols.chat_end import Envelope, length_frames
 from gateway.providers.upstream import UpstreamFailed
 from gateway.relay.forward import error_in_answer
+from gateway.relay.growth import Growth
 from gateway.relay.meter import Piece, PieceKind, StreamMeter
-from gateway.relay.settle import VOID, Bill, wait_settled
+from gateway.relay.settle import VOID, Bill, bill_counted, wait_settled
 from gateway.relay.watchdog import DeadlineMissed
 
 if TYPE_CHECKING:
@@ -65,14 +64,16 @@ class _StreamRelay:
         self.ahead = b""
         self.dog = reply.dog
         self.began_at = self.last_at = self.dog.now()
-        reply.seen = self.meter.seen
+        self.seen = reply.seen = self.meter.seen
+        self.growth = Growth(reply, self.seen)
 
     async def run(self) -> None:
         try:
             while await self._pump():
-                pieces, self.pieces = self.pieces, []
-                for piece in pieces:
-                    await self._deliver(piece)
+                await self._deliver_all()
+                if self.growth.is_exhausted:
+                    await self._stop()
+                    return
                 if self.meter.is_done:
                     await self._read_out()
                     return
@@ -105,9 +106,12 @@ class _StreamRelay:
             # crash-point: stream.first
             call.upstream_wait_s += self.last_at - self.began_at
         if exchange.is_started and not exchange.gone and self.meter.is_plain(chunk):
-            exchange.write(chunk)
-            # crash-point: stream.passed
-            return not exchange.is_blocked
+            if self.seen.bytes < self.growth.look_at or self.growth.glance():
+                exchange.write(chunk)
+                # crash-point: stream.passed
+                return not exchange.is_blocked
+            self.pieces = [Piece(PieceKind.PLAIN, chunk)]
+            return False
         if exchange.gone:
             self.drained += len(chunk)
         self.pieces = self.meter.feed(chunk)
@@ -154,6 +158,27 @@ class _StreamRelay:
         except (UpstreamFailed, DeadlineMissed):
             return
 
+    async def _deliver_all(self) -> None:
+        pieces, self.pieces = self.pieces, []
+        if self.seen.bytes >= self.growth.look_at and pieces and not self.client.gone:
+            pieces = await self.growth.look(pieces)
+        for piece in pieces:
+            await self._deliver(piece)
+
+    async def _stop(self) -> None:
+        """Nothing more can be paid: the stream ends like one that reached its length."""
+        reply, seen, facts = self.reply, self.seen, self.reply.call.facts
+        assert reply.upstream is not None
+        reply.upstream.close()
+        # What a provider says in the middle is not about what was delivered.
+        seen.report = None
+        bill = await bill_counted(reply.call, seen, None, reply.services.counter)
+        await wait_settled(self.reply.services, reply.settle(Outcome.CREDIT_EXHAUSTED, bill))
+        indexes = [index for index in range(facts.choices) if index not in seen.finished]
+        frames = length_frames(self._envelope(), indexes, wants_usage=self.wants_usage)
+        last = frames + (self._usage_frame(bill) if self.wants_usage else b"")
+        await self._end(b"\n\n" + last if self.meter.is_mid_frame else last)
+
     async def _deliver(self, piece: Piece) -> None:
         match piece.kind:
             case PieceKind.PLAIN:
@@ -181,7 +206,7 @@ class _StreamRelay:
             await self._deliver(piece)
         if self.meter.is_done:
             return
-        if self.meter.seen.is_empty:
+        if self.seen.is_empty:
             raise UpstreamFailed("the answer was empty", may_have_billed=True)
         await self._complete()
 
@@ -235,7 +260,7 @@ class _StreamRelay:
 
     def _usage_frame(self, bill: Bill) -> bytes:
         """The usage chunk for a client that asked: the provider's own, or one in its manner."""
-        seen, call, piece = self.meter.seen, self.reply.call, self.usage_piece
+        seen, call, piece = self.seen, self.reply.call, self.usage_piece
         counted = bill.usage_source is UsageSource.COUNTED
         raw = usage_object(bill.usage) if counted else seen.usage_raw
         assert raw is not None
@@ -244,12 +269,12 @@ class _StreamRelay:
             payload = sse.payload_of(piece.data)
             new = with_usage(payload, piece.answer, usage)
             return sse.with_payload(piece.data, payload, new)
-        chunk = {
-            "id": seen.upstream_id or f"chatcmpl-{call.request_id}",
-            "object": "chat.completion.chunk",
-            "created": int(call.arrival.started_at),
-            "model": seen.model or call.facts.model,
-            "choices": [],
-            "usage": Raw(usage),
-        }
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        return self._envelope().frame([], usage)
+
+    def _envelope(self) -> Envelope:
+        seen, call = self.seen, self.reply.call
+        return Envelope(
+            id=seen.upstream_id or f"chatcmpl-{call.request_id}",
+            created=int(call.arrival.started_at),
+            model=seen.model or call.facts.model,
+        )

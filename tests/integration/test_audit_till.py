@@ -197,7 +197,7 @@ async def test_a_status_is_obeyed_by_the_next_request(world: World) -> None:
 
 async def test_shards_are_read_with_all_that_they_hold(world: World) -> None:
     async with till_scan.open_till(world.till(OPEN_DB)) as till:
-        shards = {shard.prefix: shard async for shard in till.shards()}
+        shards = {shard.prefix: shard async for shard in till.shards(await till.patterns())}
 
     customer = world.customers[0]
     shard = shards[shard_prefix(customer.account_id)]

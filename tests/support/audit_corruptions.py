@@ -14,6 +14,15 @@ R = f"""(SELECT request_id FROM charge_receipts WHERE billing_account_id = {A}
 P = "(SELECT request_id FROM charge_receipts WHERE reported_cost_usd > 0 ORDER BY 1 LIMIT 1)"
 LAST = f"(SELECT max(seq) FROM credit_ledger WHERE billing_account_id = {A})"
 GRANT = "(SELECT min(reference) FROM credit_ledger WHERE reason = 'grant')"
+# What a sweeper ended: corrected afterwards, and not.
+ADJUST = "(SELECT reference::uuid FROM credit_ledger WHERE reason = 'adjust' ORDER BY seq LIMIT 1)"
+GUESS = """(SELECT request_id FROM charge_receipts WHERE usage_source = 'checkpoint'
+    AND outcome = 'recovered' AND request_id::text NOT IN
+        (SELECT reference FROM credit_ledger WHERE reason = 'adjust') ORDER BY 1 DESC LIMIT 1)"""
+GUESSED = f"UPDATE charge_receipts SET {{}} WHERE request_id = {GUESS}"
+VOIDED = """UPDATE charge_receipts SET {}
+    WHERE usage_source = 'checkpoint' AND outcome = 'voided'"""
+ADJUSTED = f"UPDATE credit_ledger SET {{}} WHERE reason = 'adjust' AND reference = {ADJUST}::text"
 LEDGER = f"UPDATE credit_ledger SET {{}} WHERE billing_account_id = {A} AND seq = {{}}"
 RECEIPT = f"UPDATE charge_receipts SET {{}} WHERE request_id = {R}"
 REPORTED = f"UPDATE charge_receipts SET {{}} WHERE request_id = {P}"
@@ -45,6 +54,7 @@ def many_receipts(change: str) -> str:
         WHERE outcome = (SELECT outcome FROM more) AND price_nanos = 0"""
 
 
+L5 = Invariant.DEPOSITS
 L1, L2, L3, L4 = Invariant.LEDGER, Invariant.CHARGES, Invariant.MARGIN, Invariant.PRICE
 L6, L7, L8 = Invariant.TILL, Invariant.AGES, Invariant.KEYS
 
@@ -190,6 +200,51 @@ BOOK = {
         "UPDATE more SET request_id = gen_random_uuid();"
         "INSERT INTO charge_receipts SELECT * FROM more",
     ),
+    "an adjustment of an unknown request": (
+        L2,
+        "adjustment without a receipt",
+        append("-5", "adjust", "gen_random_uuid()::text"),
+    ),
+    "an adjustment of what its worker said": (
+        L2,
+        "adjustment of what nobody guessed",
+        append("-5", "adjust", f"{R}::text"),
+    ),
+    "an adjustment beyond the hold": (
+        L2,
+        "paid after the adjustment",
+        append("-900000000", "adjust", f"{GUESS}::text"),
+    ),
+    "an adjustment that gives more than was charged": (
+        L2,
+        "paid after the adjustment",
+        append("900000000", "adjust", f"{GUESS}::text"),
+    ),
+    "an adjustment by one that is not the difference": (
+        L2,
+        "paid after the adjustment",
+        ADJUSTED.format("amount_nanos = 900000000"),
+    ),
+    "a request adjusted twice": (
+        L2,
+        "adjustments of a receipt",
+        append("-5", "adjust", f"{ADJUST}::text"),
+    ),
+    "an adjustment on another account": (
+        L2,
+        "who was adjusted",
+        ADJUSTED.format(f"billing_account_id = {A}"),
+    ),
+    "an adjustment of another key": (
+        L2,
+        "who was adjusted",
+        ADJUSTED.format("app_key_id = gen_random_uuid()"),
+    ),
+    "a deposit that no transfer stands for": (
+        L5,
+        "deposit without a transfer",
+        append("5", "deposit", "'0xabc'"),
+    ),
     "a cost above the price": (
         L3,
         "price below cost",
@@ -256,6 +311,31 @@ BOOK = {
         "reported cost",
         REPORTED.format("reported_cost_usd = NULL"),
     ),
+    "a recovered receipt with the provider's usage": (
+        L4,
+        "usage of a recovered receipt",
+        GUESSED.format("usage_source = 'provider'"),
+    ),
+    "a checkpoint that is called complete": (
+        L4,
+        "outcome of a checkpoint",
+        GUESSED.format("outcome = 'complete'"),
+    ),
+    "a checkpoint at the provider's price": (
+        L4,
+        "cost of a checkpoint",
+        GUESSED.format("cost_source = 'provider', reported_cost_usd = 0.001"),
+    ),
+    "a checkpoint of more tokens": (
+        L4,
+        "price",
+        GUESSED.format("output_tokens = output_tokens + 5"),
+    ),
+    "a voided checkpoint with tokens": (
+        L4,
+        "tokens of a voided checkpoint",
+        VOIDED.format("output_tokens = 5"),
+    ),
     "too many counted receipts": (
         L7,
         "too many counted receipts",
@@ -264,7 +344,7 @@ BOOK = {
     "too many recovered receipts": (
         L7,
         "too many recovered receipts",
-        many_receipts("outcome = 'recovered'"),
+        many_receipts("outcome = 'recovered', usage_source = 'checkpoint'"),
     ),
     "a request after its key was revoked": (
         L8,

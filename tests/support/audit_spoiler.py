@@ -75,6 +75,11 @@ class Spoiler:
         await self("DEL", f"{self.prefix}epoch")
         await self("RPUSH", f"{self.prefix}epoch", "x")
 
+    async def older_epoch(self) -> None:
+        """What was true in one epoch is true in the next: it cannot hide a wrong balance."""
+        await self("HSET", self.account, "epoch", 0)
+        await self("HINCRBY", self.account, "posted", 1)
+
     async def older_version(self) -> None:
         await self("HINCRBY", self.account, "version", -1)
 
@@ -145,6 +150,21 @@ TILL: dict[str, tuple[Invariant, str, Spoil]] = {
         L6,
         "epoch ahead of the book",
         lambda s: s("SET", f"{s.prefix}epoch", 2),
+    ),
+    "a scope of tomorrow's epoch": (
+        L6,
+        "scope of an epoch ahead of the book",
+        lambda s: s("HSET", s.account, "epoch", 2),
+    ),
+    "a scope of no epoch that there is": (
+        L6,
+        "garbage: epoch",
+        lambda s: s("HSET", s.account, "epoch", "x"),
+    ),
+    "posted of an older epoch off by a nano": (
+        L6,
+        "posted at version 9",
+        Spoiler.older_epoch,
     ),
     "words for posted": (L6, "garbage: posted", lambda s: s("HSET", s.account, "posted", "12a")),
     "a float": (L6, "garbage: held", lambda s: s("HSET", s.account, "held", "1e8")),

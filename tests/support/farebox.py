@@ -112,12 +112,36 @@ def running_serve(folder: Path, *args: str, **env: str) -> Iterator[Running]:
 
 
 @contextmanager
+def running_work(folder: Path, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`farebox work` in a folder of its own; what it logs is in folder/stderr."""
+    folder.mkdir()
+
+    def facts() -> dict[str, Any] | None:
+        text = (folder / "stdout").read_text()
+        return json.loads(text) if text.rstrip().endswith("}") else None
+
+    with _started(folder, ("work", "--json"), facts, env) as (process, _):
+        yield process
+
+
+@contextmanager
 def _running(
     folder: Path,
     args: tuple[str, ...],
     facts: Callable[[], dict[str, Any] | None],
     env: Mapping[str, str],
 ) -> Iterator[Running]:
+    with _started(folder, args, facts, env) as (process, found):
+        yield Running(process, found, folder)
+
+
+@contextmanager
+def _started(
+    folder: Path,
+    args: tuple[str, ...],
+    facts: Callable[[], dict[str, Any] | None],
+    env: Mapping[str, str],
+) -> Iterator[tuple["subprocess.Popen[bytes]", dict[str, Any]]]:
     began = time.monotonic()
     with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
         process = subprocess.Popen(
@@ -134,7 +158,7 @@ def _running(
                 said = (folder / "stderr").read_text()
                 raise NotReady(f"status {process.poll()}: {said}")
             time.sleep(0.01)
-        yield Running(process, found, folder)
+        yield process, found
     finally:
         stop(process)
 

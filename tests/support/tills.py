@@ -80,9 +80,9 @@ class Said:
             number=self.epoch, server_run_id=self.server, age_ms=age_ms, others=self.others
         )
 
-    async def bump_epoch(self, known: int, server_run_id: str) -> Epoch:
+    async def bump_epoch(self, known: Epoch, server_run_id: str) -> Epoch:
         await asyncio.sleep(0)
-        if not self.is_away and known == self.epoch:
+        if not self.is_away and (known.number, known.server_run_id) == (self.epoch, self.server):
             self.epoch += self.server != ""
             self.server = server_run_id
             self.began_at = time.monotonic()

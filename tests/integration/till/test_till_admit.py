@@ -176,6 +176,7 @@ async def test_a_worker_of_an_old_epoch_seeds_an_empty_till_with_the_new_one(til
         await admit(till, warm, 1)
         await till.link.command(("FLUSHALL",))
         said.epoch = 2
+        await other.epoch.set_shards(2, "close")  # as whoever began it does
         await admit(till, scopes, 1)
         await admit(other, scopes, 1)
         assert await till.link.command(("GET", scopes.epoch_key)) == b"2"

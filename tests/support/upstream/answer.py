@@ -39,11 +39,12 @@ class Params:
     rst: int = 0
     done: int = 1
     spaced: int = 0
+    batch: int = 1
 
 
 INT_NAMES = frozenset(
     {"tokens", "prompt", "cached", "reasoning", "after", "bytes", "retry_after", "rst"}
-    | {"done", "spaced"}
+    | {"done", "spaced", "batch"}
 )
 FLOAT_NAMES = frozenset(["delay_ms", "chunk_delay_ms", "seconds"])
 
@@ -178,7 +179,9 @@ def chunks(
 ) -> list[Json]:
     """Every chat.completion.chunk of a stream, the usage chunk included when it was asked for."""
     if deltas is None:
-        deltas = ({"content": word} for word in words(facts))
+        pieces, size = words(facts), facts.params.batch
+        starts = range(0, len(pieces), size)
+        deltas = ({"content": "".join(pieces[at : at + size])} for at in starts)
     opening = {"role": "assistant", "content": "", "refusal": None}
     out = [chunk(facts, delta, index=i) for delta in (opening, *deltas) for i in range(facts.n)]
     last = finish or facts.finish

@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 
 from billing.money import NANOS_MAX, RATE_MAX
 from billing.prices import Rates, charge_for
-from billing.quote import FORMAT_TOKENS, hold_for, input_ceiling
+from billing.quote import (
+    FORMAT_TOKENS,
+    counted_ceiling,
+    hold_for,
+    input_ceiling,
+    output_covered,
+)
 from billing.usage import Usage
 
 RATE = st.integers(0, 10**10)
@@ -59,3 +65,22 @@ def test_a_hold_never_leaves_what_the_till_can_count() -> None:
     )
 
     assert hold_for(8 << 20, 10**7 * 128, rates, 1_000_000) == NANOS_MAX
+
+
+@given(st.integers(0, NANOS_MAX - 1), CEILING, RATES, st.integers(10_000, 100_000))
+def test_the_output_that_a_hold_covers_is_the_most_that_it_pays(
+    hold: int, ceiling: int, rates: Rates, markup_bps: int
+) -> None:
+    covered = output_covered(hold, ceiling, rates, markup_bps)
+
+    if not rates.output_rate_max:
+        assert covered == NANOS_MAX
+    elif covered >= 0:
+        assert hold_for(ceiling, covered, rates, markup_bps) <= hold
+        assert hold_for(ceiling, covered + 1, rates, markup_bps) > hold
+    else:
+        assert hold_for(ceiling, 0, rates, markup_bps) > hold
+
+
+def test_a_count_of_the_body_has_a_margin_for_other_tokenizers() -> None:
+    assert counted_ceiling(1001) == 1502 + FORMAT_TOKENS

@@ -91,3 +91,34 @@ def test_unknown_fields_reach_the_provider_unchanged(fields: dict[str, Any], str
     got = json.loads(sent(data, "other"))
 
     assert {name: got[name] for name in kept} == kept
+
+
+def lowered(data: bytes) -> dict[str, Any]:
+    return dict(json.loads(upstream_body(read_facts(data), "m", 7)))
+
+
+def test_a_lowered_output_takes_the_place_of_the_limit_that_the_client_used() -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert lowered(b'{"model":"m","%b":100}' % name.encode()) == {"model": "m", name: 7}
+
+
+def test_a_lowered_output_is_asked_for_by_its_newer_name_when_the_client_used_none() -> None:
+    assert lowered(b'{"model":"m"}') == {"model": "m", "max_completion_tokens": 7}
+    got = lowered(b'{"model":"m","max_tokens":null}')
+    assert got == {"model": "m", "max_tokens": None, "max_completion_tokens": 7}
+
+
+def test_of_two_limits_none_is_raised() -> None:
+    got = lowered(b'{"model":"m","max_tokens":5,"max_completion_tokens":100}')
+
+    assert got == {"model": "m", "max_tokens": 5, "max_completion_tokens": 7}
+
+
+def test_a_lowered_output_leaves_no_second_spelling_of_the_limit() -> None:
+    """A parser that takes the first of two equal keys would not be bound by it."""
+    body = upstream_body(
+        read_facts(b'{"model":"m","max_tokens":90,"max_tok\\u0065ns":100}'), "m", 7
+    )
+
+    assert body.count(b"max_tok") == 1
+    assert json.loads(body)["max_tokens"] == 7

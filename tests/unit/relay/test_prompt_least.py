@@ -7,7 +7,7 @@ import pytest
 
 from billing.tokens import count_tokens
 from gateway.protocols.chat import prompt_text, read_facts
-from gateway.relay.admit import prompt_least
+from gateway.relay.afford import prompt_least
 
 SAID = "fare box coin ride gate meter token line north river amber fare"
 

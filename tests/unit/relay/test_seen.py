@@ -88,3 +88,39 @@ def test_text_is_cut_at_its_bound_wherever_frames_end(monkeypatch: pytest.Monkey
 
     assert one.text() == "abcdefghij"
     assert one.chars_beyond == 3
+
+
+def test_text_can_be_had_from_any_place_and_cut_at_its_end() -> None:
+    one = Seen()
+    for text in ("ab", "cdé", "f"):
+        one.add_text([text])
+
+    assert [one.text_after(chars) for chars in (0, 1, 2, 4, 6, 9)] == [
+        *("abcdéf", "bcdéf", "cdéf", "éf", "", "")
+    ]
+    assert (one.chars, one.text_bytes) == (6, 7)
+    one.cut(2)
+    assert (one.text(), one.chars, one.text_bytes) == ("abcd", 4, 4)
+    one.cut(0)
+    assert one.text() == "abcd"
+
+
+def test_what_is_cut_is_taken_from_beyond_the_bound_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seen, "TEXT_CHARS_MAX", 4)
+    one = Seen()
+    one.add_text(["abcdef"])
+    one.cut(3)
+
+    assert (one.text(), one.chars_beyond) == ("abc", 0)
+
+
+def test_it_is_seen_which_choices_are_finished() -> None:
+    meter = StreamMeter(buffer_bytes_max=1 << 18)
+    end = FRAME.replace(b'"index": 0', b'"index": 2').replace(
+        b'"finish_reason": null', b'"finish_reason": "stop"'
+    )
+    for frame in (FRAME, end, FRAME):
+        meter.feed(frame)
+    meter.seen.fold()
+
+    assert meter.seen.finished == {2}

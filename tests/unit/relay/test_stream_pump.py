@@ -50,7 +50,11 @@ def relay_of(provider: Provider, total_s: float) -> tuple[Any, Exchange]:
         services=SimpleNamespace(settings=Settings()),
         client=SimpleNamespace(exchange=exchange, head_sent=True, gone=False, body=body),
         call=SimpleNamespace(
-            facts=SimpleNamespace(wants_usage=False), first_byte_at=None, upstream_wait_s=0.0
+            facts=SimpleNamespace(wants_usage=False),
+            first_byte_at=None,
+            upstream_wait_s=0.0,
+            hold_nanos=0,
+            hold_max_nanos=0,
         ),
         dog=Watchdogs(scan_s=0.01).watch(total_s),
         upstream=provider,
