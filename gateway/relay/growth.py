@@ -147,6 +147,7 @@ class Growth:
             wanted = min(wanted, call.hold_nanos + available)
             if wanted < self._hold_for(covered + max(self._window // PIECE, 1)):
                 break
+        # crash-point: credit.exhausted
         self.is_exhausted = True
 
     def _plan(self, tokens: int) -> None:
@@ -219,6 +220,7 @@ async def ask(till: Till, call: Call, wanted_nanos: int) -> int | None:
             status, held, available = await till.renew(scopes, renewal)
     except BillingError:
         return None
+    # crash-point: grow.answered
     call.take_over(held)
     return int(available) if status == b"short" else None
 

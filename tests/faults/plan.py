@@ -73,7 +73,7 @@ LEASE_S, RENEW_S = 1, 0.4
 STARTS_MS = 700
 FIRST_LATER, LATER_MAX = 800, 40
 FAULT_MS, COMPANY_MS = (60, 1800), (250, 550)
-CREDITS_POOR, CREDITS_RICH = 16, 1000
+CREDITS_POOR, CREDITS_RICH = 6, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def draw(seed: int, number: int) -> Plan:
     kind, point = _turn(seed, number)
     rng = random.Random(f"{seed}/{number}")
     orders = _orders(rng, number)
-    is_poor = rng.random() < 0.25
+    is_poor = rng.random() < 0.25 or (point is not None and point.company == "poor")
     later = [
         _order(rng, number, FIRST_LATER + i, ("quick", i % 2 == 0, Behaviour.STAY))
         for i in range(LATER_MAX)

@@ -8,7 +8,7 @@ from typing import Literal
 
 Role = Literal["worker", "work"]
 # What else a run needs so that the point is passed.
-Company = Literal["", "slow-till", "till-killed", "stands-still", "both-away", "spooled"]
+Company = Literal["", "slow-till", "till-killed", "stands-still", "both-away", "spooled", "poor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ POINTS = {
         Point(name="epoch.opened", nth_max=2, company="till-killed"),
         Point(name="taken.noticed", nth_max=1, company="stands-still"),
         Point(name="repeat.seen", nth_max=1, company="stands-still"),
+        Point(name="grow.answered", nth_max=4),
+        Point(name="credit.exhausted", nth_max=1, company="poor"),
         Point(name="claim.taken", nth_max=2),
         Point(name="route.next", nth_max=1),
         Point(name="spool.begin", nth_max=1, company="both-away"),

@@ -15,8 +15,8 @@ from tests.faults.verdict import CHECKPOINT_S, SLACK_S, Evidence, Verdict, judge
 PROMPT, WORDS = 18, 10
 FULL = price(PROMPT, WORDS)
 DIED_AT = 100.0
-# Written down for certain: two checkpoints before the last one, and one token at each of them.
-SENT, CERTAIN = 24, 18
+# Written down for certain: of 20 words one less at each of two checkpoints and three other counts.
+SENT, CERTAIN = 24, 15
 RECOVERED = price(PROMPT, CERTAIN)
 
 

@@ -18,6 +18,7 @@ INPUT_NANOS, OUTPUT_NANOS = 2_000, 8_000
 CHECKPOINT_S = 2 * RENEW_S
 # A slow machine may be this late with it.
 SLACK_S = 0.5
+WORDS_PER_COUNT = 6
 # A request that may have reached its provider is never free.
 NOT_FREE = 1
 
@@ -193,9 +194,10 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     words = did.words_at(moment)
     if not words:
         return NOT_FREE
-    # A token may lie across the place where two checkpoints meet: it is not counted.
+    # A token may lie across the place where two counts meet: it is left out. They are made for
+    # each checkpoint, and where a stream asks for more hold.
     first_at = next(at for at, count in did.words if count)
-    meetings = int((moment - first_at) / RENEW_S) + 1
+    meetings = int((moment - first_at) / RENEW_S) + 1 + words // WORDS_PER_COUNT
     return price(evidence.prompt_tokens, max(words - meetings, 0))
 
 
@@ -204,7 +206,8 @@ def _why(answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
         return RECOVERED if did is not None else MARKED
     if did is None:
         return UNSENT
-    return WHOLE if answer.is_whole and receipt["overrun_nanos"] == 0 else ENDED
+    is_all = receipt["outcome"] == "complete" and receipt["overrun_nanos"] == 0
+    return WHOLE if answer.is_whole and is_all else ENDED
 
 
 def _judge_account(evidence: Evidence, verdict: Verdict) -> None:

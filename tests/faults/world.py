@@ -56,6 +56,9 @@ SETTINGS: dict[str, object] = {
     "timeouts__drain_s": 0.4,
     "timeouts__write_stall_s": 2.0,
     "server__drain_timeout_s": 10,
+    # So that streams ask for more, and calls are cut to what can be paid.
+    "limits__stream_window_tokens": 48,
+    "limits__output_tokens_min": 12,
     # The machine is busy, and that is no fault of a run.
     "limits__loop_lag_max_ms": 2000,
     "log__level": "warning",
