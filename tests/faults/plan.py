@@ -73,7 +73,8 @@ LEASE_S, RENEW_S = 1, 0.4
 STARTS_MS = 700
 FIRST_LATER, LATER_MAX = 800, 40
 FAULT_MS, COMPANY_MS = (60, 1800), (250, 550)
-CREDITS_POOR, CREDITS_RICH = 6, 1000
+# With the least a stream comes to the end of its credit.
+CREDITS_LEAST, CREDITS_POOR, CREDITS_RICH = 2, 5, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,9 @@ def draw(seed: int, number: int) -> Plan:
     kind, point = _turn(seed, number)
     rng = random.Random(f"{seed}/{number}")
     orders = _orders(rng, number)
-    is_poor = rng.random() < 0.25 or (point is not None and point.company == "poor")
+    credits = CREDITS_POOR if rng.random() < 0.25 else CREDITS_RICH
+    if point is not None and point.company == "poor":
+        credits = CREDITS_LEAST
     later = [
         _order(rng, number, FIRST_LATER + i, ("quick", i % 2 == 0, Behaviour.STAY))
         for i in range(LATER_MAX)
@@ -214,7 +217,7 @@ def draw(seed: int, number: int) -> Plan:
         orders=orders,
         later=later,
         repeats=[_repeat(order) for order in orders if order.idempotency_key],
-        credits=CREDITS_POOR if is_poor else CREDITS_RICH,
+        credits=credits,
         fault_ms=_fault_ms(rng, kind, point),
         fault_for_ms=rng.randint(50, 700),
         point=point,

@@ -14,7 +14,7 @@ from billing.till_scan import open_till
 from config.ids import id_text
 from gateway.supervisor import READY
 from tests.faults.clients import Answer, send, send_all, served
-from tests.faults.plan import CREDITS_POOR, Kind, Plan
+from tests.faults.plan import CREDITS_RICH, Kind, Plan
 from tests.faults.strike import Struck, keep_work, keep_worker, strike
 from tests.faults.verdict import Evidence
 from tests.faults.world import World
@@ -104,7 +104,7 @@ async def _serves_again(world: World, plan: Plan, key: str, trouble: list[str]) 
     until = loop.time() + SERVES_AGAIN_S
     for order in plan.later:
         answers.append(await send(world, key, order))
-        is_broke = answers[-1].status == 402 and plan.credits == CREDITS_POOR
+        is_broke = answers[-1].status == 402 and plan.credits != CREDITS_RICH
         if answers[-1].is_whole or is_broke:
             return answers
         if loop.time() > until:

@@ -28,6 +28,7 @@ RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
 UNSENT = "never reached the provider"
 MARKED = "worker dead between its mark and the provider"
+OVERDRAWN = "till lost holds: account overdrawn"
 
 
 @dataclass(kw_only=True)
@@ -220,9 +221,12 @@ def _judge_account(evidence: Evidence, verdict: Verdict) -> None:
     if available is not None and available != evidence.balance:
         verdict.problems.append(f"till {available}, book {evidence.balance}")
         verdict.minted += max(available - evidence.balance, 0)
-    if evidence.balance < 0 and evidence.plan.kind not in LOSES_HOLDS:
-        verdict.problems.append(f"overdrawn by {-evidence.balance}")
-        verdict.minted += -evidence.balance
+    overdrawn = max(-evidence.balance, 0)
+    if evidence.plan.kind in LOSES_HOLDS:
+        verdict.loss(OVERDRAWN, overdrawn, sum(r["hold_nanos"] for r in evidence.receipts))
+    elif overdrawn:
+        verdict.problems.append(f"overdrawn by {overdrawn}")
+        verdict.minted += overdrawn
 
 
 # Until a live worker has registered its holds again, an emptied till may admit more.
