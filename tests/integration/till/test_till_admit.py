@@ -156,7 +156,8 @@ async def test_another_epoch_fences_the_content(till_url: str) -> None:
     scopes = said.account(1000)
     async with running_till(till_url, said) as till:
         await admit(till, scopes, 1)
-        await till.link.command(("SET", scopes.epoch_key, "7"))
+        for to in ("close", "open"):
+            await till.epoch.set_shards(7, to)
         with pytest.raises(TillUnavailable) as caught:
             await admit(till, scopes, 1)
         before = await look(till_url, scopes)
