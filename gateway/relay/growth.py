@@ -142,13 +142,20 @@ class Growth:
             if tokens <= covered or call.hold_nanos >= call.hold_max_nanos:
                 return
             wanted = call.wanted_nanos
-            if available is None or await till.refresh(call.caller.scopes.account_id):
+            if available is None or await self._has_news():
                 continue
             wanted = min(wanted, call.hold_nanos + available)
             if wanted < self._hold_for(covered + max(self._window // PIECE, 1)):
                 break
         # crash-point: credit.exhausted
         self.is_exhausted = True
+
+    async def _has_news(self) -> bool:
+        """Whether the book was asked if a refusal still holds, and the till told of it."""
+        try:
+            return await self._reply.services.till.refresh(self._call.caller.scopes.account_id)
+        except BillingError:
+            return False  # the till left in between: its refusal stands until it is asked again
 
     def _plan(self, tokens: int) -> None:
         """Look again before the next place can be reached, if the text goes on as it did."""
