@@ -8,7 +8,6 @@ the operator's risk: up to the most that the request may cost, and no longer tha
 """
 
 import asyncio
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from billing.errors import BillingError
@@ -70,7 +69,7 @@ class Growth:
         pieces: the last of what came, not delivered yet.
         """
         kinds = [piece.kind for piece in pieces]
-        if kinds[0] is not PieceKind.PLAIN or PieceKind.ERROR in kinds or self.glance():
+        if PieceKind.PLAIN not in kinds or PieceKind.ERROR in kinds or self.glance():
             return pieces
         await self._count()
         tokens = self._tokens_most()
@@ -184,8 +183,9 @@ class Growth:
 
     def _cut(self, pieces: list[Piece], excess: int) -> list[Piece]:
         """The first of these frames, without as many tokens at their end."""
-        plain = takewhile(lambda piece: piece.kind is PieceKind.PLAIN, pieces)
-        frames = [frame for piece in plain for frame in sse.split_frames(piece.data)]
+        # Usage may stand between them: what comes behind it counts as text that came, too.
+        plain = [piece.data for piece in pieces if piece.kind is PieceKind.PLAIN]
+        frames = [frame for data in plain for frame in sse.split_frames(data)]
         chars, seen = 0, self._seen
         while frames and excess > 0 and (text := _text_of(frames[-1])) is not None:
             excess -= count_tokens(text)

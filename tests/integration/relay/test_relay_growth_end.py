@@ -1,10 +1,11 @@
-"""What came together with the end of a stream's credit: a till that leaves."""
+"""What came together with the end of a stream's credit: usage in between, a till that leaves."""
 
 import asyncio
 
 import pytest
 import redis.asyncio
 
+from billing.tokens import count_tokens
 from tests.support.gateway import eventually
 from tests.support.growth import (
     OVERRIDES,
@@ -17,13 +18,15 @@ from tests.support.growth import (
     reply_of,
 )
 from tests.support.rawclient import Outcome
-from tests.support.relay import Relay, frames_of, zoo
+from tests.support.relay import Relay, frames_of, text_of, zoo
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 __all__ = ["OVERRIDES"]
 
 SLOW = "plain:prompt=20,tokens=300,chunk_delay_ms=4"
-MODELS = zoo(SLOW)
+BETWEEN = "usage-between:prompt=20,tokens=300,batch=10"
+FOREMOST = "usage-between:after=0,prompt=20,tokens=300,batch=10"
+MODELS = zoo(SLOW, BETWEEN, FOREMOST)
 USAGE = {"include_usage": True}
 
 
@@ -35,6 +38,21 @@ def can_pay(model: str, tokens: int) -> str:
     """Credits for the hold of this prompt and so many output tokens."""
     prompt = prompt_nanos(model, stream=True, stream_options=USAGE)
     return credits_of(prompt + tokens * PER_OUTPUT)
+
+
+@pytest.mark.parametrize("model", [BETWEEN, FOREMOST])
+async def test_text_behind_a_usage_frame_is_charged_only_when_it_is_delivered(
+    relay: Relay, model: str, valkey_url: str
+) -> None:
+    """Found: what came behind it was thrown away, and charged instead of what was cut."""
+    key = await relay.key(can_pay(model, 80))
+    frames = frames_of(await stream(relay, key, model))
+    receipt = await relay.only_receipt(key)
+
+    assert finishes(frames) == {0: "length"}
+    assert receipt["output_tokens"] == count_tokens(text_of(frames)) > 50
+    assert receipt["outcome"] == "credit_exhausted"
+    await assert_clean(relay, valkey_url)
 
 
 async def test_a_till_that_goes_away_behind_a_refusal_does_not_break_the_stream(
