@@ -26,6 +26,7 @@ NOT_FREE = 1
 WHOLE = "the client got all of it"
 RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
+CUT_OFF = "worker dead while both stores were away: since the last checkpoint before"
 UNSENT = "never reached the provider"
 MARKED = "worker dead between its mark and the provider"
 OVERDRAWN = "till lost holds: account overdrawn"
@@ -156,7 +157,7 @@ def _judge_request(
         verdict.problems.append(f"{name}: told {answer.cost_nanos}, paid {paid}")
     if did is None or did.failed:
         verdict.uncertain += paid
-    verdict.loss(_why(answer, did, receipt), max(truth - paid, 0), max(truth - floor, 0))
+    verdict.loss(_why(evidence, answer, did, receipt), max(truth - paid, 0), max(truth - floor, 0))
 
 
 def _truth(evidence: Evidence, did: Served | None, receipts: Sequence[Mapping[str, Any]]) -> int:
@@ -202,9 +203,11 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     return price(evidence.prompt_tokens, max(words - meetings, 0))
 
 
-def _why(answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
+def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
     if receipt["outcome"] == "recovered":
-        return RECOVERED if did is not None else MARKED
+        if did is None:
+            return MARKED
+        return CUT_OFF if evidence.plan.needs_patience else RECOVERED
     if did is None:
         return UNSENT
     is_all = receipt["outcome"] == "complete" and receipt["overrun_nanos"] == 0
