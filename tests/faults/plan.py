@@ -173,6 +173,12 @@ class Plan:
         return self.crash_at
 
     @property
+    def stands_still(self) -> bool:
+        """Whether a worker is stopped until it is taken for dead, and goes on."""
+        company = "" if self.point is None else self.point.company
+        return self.kind is Kind.WORKER_FROZEN or company == "stands-still"
+
+    @property
     def has_second(self) -> bool:
         """Whether another worker serves beside; where one is to die it gets all the work."""
         return self.kind not in {Kind.WORKER_POINT, Kind.WORK_POINT, Kind.WORKER_FROZEN}

@@ -177,6 +177,8 @@ def _floor(
         return 0
     if receipt is not None and _is_guess(evidence, receipt) and not answer.is_whole:
         due = _written_down(evidence, did)
+        if receipt["outcome"] == "voided" and evidence.plan.stands_still:
+            due = 0  # forwarded when its worker stood up again, which died before it could tell
     else:
         has_any = answer.words or answer.is_whole
         due = price(evidence.prompt_tokens, answer.words) if has_any else 0
@@ -185,9 +187,8 @@ def _floor(
 
 def _is_guess(evidence: Evidence, receipt: Mapping[str, Any]) -> bool:
     """A sweeper's, and no worker lived to correct it."""
-    return (
-        receipt["outcome"] == "recovered" and receipt["source_reference"] not in evidence.adjusted
-    )
+    name = receipt["source_reference"]
+    return receipt["usage_source"] == "checkpoint" and name not in evidence.adjusted
 
 
 def _written_down(evidence: Evidence, did: Served) -> int:
@@ -204,7 +205,7 @@ def _written_down(evidence: Evidence, did: Served) -> int:
 
 
 def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
-    if receipt["outcome"] == "recovered":
+    if receipt["usage_source"] == "checkpoint" and receipt["outcome"] == "recovered":
         if did is None:
             return MARKED
         return CUT_OFF if evidence.plan.needs_patience else RECOVERED
