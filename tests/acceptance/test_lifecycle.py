@@ -211,8 +211,10 @@ async def test_a_killed_demo_leaves_nothing_running_and_starts_again(
         audit = await second.cli("audit")
     assert again.status == 200
     assert audit.status == 0, audit.out
-    # The worker outlived its stores for long enough to leave the stream's receipt in its spool.
-    assert outcomes == ["client_left", "complete", "complete"]
+    # The worker outlived its stores for long enough to leave the stream's receipt in its spool: cut
+    # off, or whole when the stream was quicker than the news that the stores are gone.
+    assert outcomes.count("complete") >= 2
+    assert set(outcomes) <= {"client_left", "complete"}
 
 
 async def test_a_killed_worker_is_replaced(demo: Running) -> None:
