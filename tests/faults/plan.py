@@ -173,9 +173,15 @@ class Plan:
         return self.crash_at
 
     @property
+    def stands_still(self) -> bool:
+        """Whether a worker is stopped until it is taken for dead, and goes on."""
+        company = "" if self.point is None else self.point.company
+        return self.kind is Kind.WORKER_FROZEN or company == "stands-still"
+
+    @property
     def has_second(self) -> bool:
         """Whether another worker serves beside; where one is to die it gets all the work."""
-        return self.kind is not Kind.WORKER_POINT
+        return self.kind not in {Kind.WORKER_POINT, Kind.WORK_POINT, Kind.WORKER_FROZEN}
 
     @property
     def dies_second(self) -> bool:
@@ -229,7 +235,7 @@ def draw(seed: int, number: int) -> Plan:
 
 def _fault_ms(rng: random.Random, kind: Kind, point: Point | None) -> int:
     """Most is open in the middle; a point that has company needs that."""
-    if kind is Kind.BOTH_AWAY:
+    if kind in {Kind.BOTH_AWAY, Kind.WORKER_FROZEN}:
         return rng.randint(*COMPANY_MS)
     is_early = point is not None and (point.company or point.role == "work")
     return rng.randint(*(COMPANY_MS if is_early else FAULT_MS))
@@ -238,7 +244,9 @@ def _fault_ms(rng: random.Random, kind: Kind, point: Point | None) -> int:
 def turns() -> list[tuple[Kind, Point | None]]:
     """One round."""
     at_points = {"worker": Kind.WORKER_POINT, "work": Kind.WORK_POINT}
-    found: list[tuple[Kind, Point | None]] = [(at_points[p.role], p) for p in POINTS.values()]
+    found: list[tuple[Kind, Point | None]] = [
+        (at_points[point.role], point) for point in POINTS.values() for _ in range(point.turns)
+    ]
     return found + [(kind, None) for kind, weight in WEIGHTS.items() for _ in range(weight)]
 
 

@@ -19,6 +19,8 @@ class Point:
     nth_max: int
     role: Role = "worker"
     company: Company = ""
+    turns: int = 1
+    """In a round of the campaign: more where the system does not always come to that point."""
 
 
 POINTS = {
@@ -55,10 +57,10 @@ POINTS = {
         Point(name="epoch.begun", nth_max=1, company="till-killed"),
         Point(name="epoch.placed", nth_max=1, company="till-killed"),
         Point(name="epoch.opened", nth_max=2, company="till-killed"),
-        Point(name="taken.noticed", nth_max=1, company="stands-still"),
+        Point(name="taken.noticed", nth_max=1, company="stands-still", turns=2),
         Point(name="repeat.seen", nth_max=1, company="stands-still"),
         Point(name="grow.answered", nth_max=4),
-        Point(name="credit.exhausted", nth_max=1, company="poor"),
+        Point(name="credit.exhausted", nth_max=1, company="poor", turns=2),
         Point(name="claim.taken", nth_max=2),
         Point(name="route.next", nth_max=1),
         Point(name="spool.begin", nth_max=1, company="both-away"),

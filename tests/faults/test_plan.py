@@ -17,13 +17,13 @@ def test_a_run_is_the_same_alone_as_in_its_campaign() -> None:
     assert draw(8, 0) != together[0]
 
 
-def test_each_round_has_every_crash_point_once_and_every_kind_by_its_weight() -> None:
+def test_each_round_has_every_crash_point_by_its_turns_and_every_kind_by_its_weight() -> None:
     for first in (0, ROUND):
         plans = [draw(7, number) for number in range(first, first + ROUND)]
         points = Counter(plan.point.name for plan in plans if plan.point is not None)
         kinds = Counter(plan.kind for plan in plans if plan.point is None)
 
-        assert points == dict.fromkeys(POINTS, 1)
+        assert points == {point.name: point.turns for point in POINTS.values()}
         assert kinds == WEIGHTS
     assert set(WEIGHTS) | {Kind.WORKER_POINT, Kind.WORK_POINT} == set(Kind)
 

@@ -52,7 +52,8 @@ def evidence() -> Evidence:
     whole, open_then = order("whole"), order("open")
     checkpoint = DIED_AT - CHECKPOINT_S - SLACK_S
     words = [(checkpoint - 0.5, 10), (checkpoint - 0.1, 20), (checkpoint + 0.1, SENT)]
-    recovered = receipt("open", outcome="recovered", price_nanos=RECOVERED)
+    guess = {"outcome": "recovered", "usage_source": "checkpoint"}
+    recovered = receipt("open", price_nanos=RECOVERED, **guess)
     plan = Plan(
         number=0,
         kind=Kind.WORKER_POINT,
@@ -106,6 +107,10 @@ def below_the_checkpoint(seen: Evidence) -> None:
 
 def free_recovered(seen: Evidence) -> None:
     changed_receipt(seen, 1, price_nanos=0)
+
+
+def voided_though_forwarded(seen: Evidence) -> None:
+    changed_receipt(seen, 1, price_nanos=0, outcome="voided")
 
 
 def above_the_truth(seen: Evidence) -> None:
@@ -223,6 +228,7 @@ def test_an_adjustment_counts_as_paid() -> None:
         (free_whole, "lost", FULL),
         (below_the_checkpoint, "lost", price(0, 1)),
         (free_recovered, "lost", RECOVERED),
+        (voided_though_forwarded, "lost", RECOVERED),
         (no_receipt, "lost", FULL),
         (not_in_the_ledger, "lost", 1),
         (above_the_truth, "overcharged", 1),

@@ -26,6 +26,7 @@ NOT_FREE = 1
 WHOLE = "the client got all of it"
 RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
+CUT_OFF = "worker dead while both stores were away: since the last checkpoint before"
 UNSENT = "never reached the provider"
 MARKED = "worker dead between its mark and the provider"
 OVERDRAWN = "till lost holds: account overdrawn"
@@ -156,7 +157,7 @@ def _judge_request(
         verdict.problems.append(f"{name}: told {answer.cost_nanos}, paid {paid}")
     if did is None or did.failed:
         verdict.uncertain += paid
-    verdict.loss(_why(answer, did, receipt), max(truth - paid, 0), max(truth - floor, 0))
+    verdict.loss(_why(evidence, answer, did, receipt), max(truth - paid, 0), max(truth - floor, 0))
 
 
 def _truth(evidence: Evidence, did: Served | None, receipts: Sequence[Mapping[str, Any]]) -> int:
@@ -176,6 +177,8 @@ def _floor(
         return 0
     if receipt is not None and _is_guess(evidence, receipt) and not answer.is_whole:
         due = _written_down(evidence, did)
+        if receipt["outcome"] == "voided" and evidence.plan.stands_still:
+            due = 0  # forwarded when its worker stood up again, which died before it could tell
     else:
         has_any = answer.words or answer.is_whole
         due = price(evidence.prompt_tokens, answer.words) if has_any else 0
@@ -184,9 +187,8 @@ def _floor(
 
 def _is_guess(evidence: Evidence, receipt: Mapping[str, Any]) -> bool:
     """A sweeper's, and no worker lived to correct it."""
-    return (
-        receipt["outcome"] == "recovered" and receipt["source_reference"] not in evidence.adjusted
-    )
+    name = receipt["source_reference"]
+    return receipt["usage_source"] == "checkpoint" and name not in evidence.adjusted
 
 
 def _written_down(evidence: Evidence, did: Served) -> int:
@@ -202,9 +204,11 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     return price(evidence.prompt_tokens, max(words - meetings, 0))
 
 
-def _why(answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
-    if receipt["outcome"] == "recovered":
-        return RECOVERED if did is not None else MARKED
+def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
+    if receipt["usage_source"] == "checkpoint" and receipt["outcome"] == "recovered":
+        if did is None:
+            return MARKED
+        return CUT_OFF if evidence.plan.needs_patience else RECOVERED
     if did is None:
         return UNSENT
     is_all = receipt["outcome"] == "complete" and receipt["overrun_nanos"] == 0
