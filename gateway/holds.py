@@ -71,8 +71,9 @@ class HoldKeeper:
 
     async def _look_at_epoch(self) -> None:
         epoch = self._till.epoch
-        if epoch.is_known and not await epoch.has(epoch.number):
-            epoch.doubt(epoch.number, is_lost=True)
+        number = epoch.number
+        if epoch.is_known and not await epoch.has(number):
+            epoch.doubt(number, is_lost=True)
         if not epoch.is_known:
             await self._till.learn_epoch()
 

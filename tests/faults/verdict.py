@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.relay.progress import MEETING_TOKENS
 from tests.faults.clients import Answer, Served
 from tests.faults.plan import RENEW_S, Kind, Plan
 from tests.faults.strike import Struck
@@ -201,7 +202,7 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     # each checkpoint, and where a stream asks for more hold.
     first_at = next(at for at, count in did.words if count)
     meetings = int((moment - first_at) / RENEW_S) + 1 + words // WORDS_PER_COUNT
-    return price(evidence.prompt_tokens, max(words - meetings, 0))
+    return price(evidence.prompt_tokens, max(words - MEETING_TOKENS * meetings, 0))
 
 
 def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
