@@ -182,3 +182,34 @@ async def test_more_claims_than_may_wait_are_refused(
     assert sum(answer.status_code == 200 for answer in answers) <= 1
     assert sum("busy" in answer.text for answer in answers) == 5
     assert upstream.stats()["requests"] <= 2
+
+
+async def test_a_claim_that_never_reached_the_book_leaves_nothing_to_release(
+    book_url: str, till_url: str, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the book stalls, each of many refused requests would leave a task behind."""
+    monkeypatch.setattr("gateway.relay.once.CLAIMS_WAITING_MAX", 5)
+    monkeypatch.setattr("gateway.relay.once.BOOK_WAIT_S", 0.1)
+    settings = make_settings(upstream.base_url, {"plain": zoo_model("plain")})
+
+    def releasing() -> int:
+        return sum("release" in task.get_name() for task in asyncio.all_tasks())
+
+    async def none_left() -> bool | None:
+        return None if releasing() else True
+
+    async with (
+        running_proxy(book_url) as (proxy, url),
+        running_gateway(url, till_url, upstream.base_url, settings) as gateway,
+        client_of(gateway) as client,
+    ):
+        proxy.both(Mode.STALL)
+        answers = [await asyncio.gather(*(post(client) for _ in range(10))) for _ in range(3)]
+        left = releasing()
+        proxy.heal()
+        await eventually(none_left)
+        await served(client)
+        await gateway.at_rest()
+
+    assert {code(answer) for part in answers for answer in part} == {(503, "unavailable")}
+    assert left <= 5
