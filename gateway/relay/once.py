@@ -162,5 +162,8 @@ class Claims:
             return False
         if is_known:
             return False
-        is_whole = epoch == holder.epoch and holder.epoch_age_s > holder.age_s
+        # A server that this worker has not made sure of may be a restarted one: its content may be
+        # of before the request, and its epoch still the old one.
+        is_same = self._till.epoch.is_known and epoch == holder.epoch
+        is_whole = is_same and holder.epoch_age_s > holder.age_s
         return is_whole or holder.age_s > self._longest_s

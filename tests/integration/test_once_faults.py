@@ -7,8 +7,16 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from billing.errors import IdempotencyInFlight
+from billing.fleet import PoolBook
+from billing.idempotency import claim_of
+from config.ids import new_id
+from gateway.relay.once import Claims
+from gateway.supervise import Tasks
+from tests.support.books import make_account, open_pool
 from tests.support.faultproxy import FaultProxy, Mode, running_proxy
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway, zoo_model
+from tests.support.tills import running_till
 from tests.support.upstream.launch import Upstream
 
 BODY = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
@@ -213,3 +221,26 @@ async def test_a_claim_that_never_reached_the_book_leaves_nothing_to_release(
 
     assert {code(answer) for part in answers for answer in part} == {(503, "unavailable")}
     assert left <= 5
+
+
+async def test_a_till_that_nobody_made_sure_of_frees_no_key(book_url: str, till_url: str) -> None:
+    """It may be restarted with old content, in which a request that runs is not known."""
+    tasks = Tasks()
+    async with (
+        open_pool(book_url) as pool,
+        running_till(till_url, PoolBook(pool, "w_one")) as till,
+        running_till(till_url, PoolBook(pool, "w_two")) as reconnected,
+    ):
+        account = await make_account(pool)
+        await till.learn_epoch()
+        first, second = (claim_of(account.virtual_key_id, b"k", b"{}", new_id()) for _ in "12")
+        await Claims(pool, till, tasks, 600).take(account.scopes, first)
+        await pool.execute("UPDATE idempotent_requests SET created_at = now() - interval '100 s'")
+        await pool.execute("UPDATE till_epoch SET changed_at = now() - interval '200 s'")
+        claims = Claims(pool, reconnected, tasks, 600)
+
+        with pytest.raises(IdempotencyInFlight):
+            await claims.take(account.scopes, second)
+        await reconnected.learn_epoch()
+        await claims.take(account.scopes, second)
+        await tasks.close()
