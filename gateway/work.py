@@ -86,7 +86,14 @@ async def _do(job: Job) -> None:
     if now < job.due_at:
         return
     job.due_at = now + job.every_s
-    done = await job.run()
+    try:
+        done = await job.run()
+    except BillingError:
+        raise
+    except Exception:
+        # The others go on, with what they remember: how long a sweeper watched a lease, above all.
+        log.exception("work.crashed", extra={"job": job.name})
+        return
     if done:
         log.info("work.done", extra={"job": job.name, **done})
 
