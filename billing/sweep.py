@@ -245,13 +245,21 @@ class Sweeper:
     async def _post(self, receipts: Sequence[ChargeReceipt]) -> int:
         # crash-point: takeover.begin
         try:
-            async with acquire(self._pool) as conn:
-                states = await post_receipts(conn, receipts)
+            await self.post(receipts)
         except BookRefused as exc:
             if len(receipts) == 1:
                 self._say_once(receipts[0].source_reference, exc.reason)
                 return 0
             return sum([await self._post([receipt]) for receipt in receipts])
+        return len(receipts)
+
+    async def post(self, receipts: Sequence[ChargeReceipt]) -> None:
+        """Post receipts that are not this process's own, and tell the till what the book says now.
+
+        Raises what the book raises, and TillUnavailable: to do it again is right in any case.
+        """
+        async with acquire(self._pool) as conn:
+            states = await post_receipts(conn, receipts)
         # crash-point: takeover.done
         by_account: dict[Any, list[tuple[SpendScopes, str]]] = {}
         for receipt in receipts:
@@ -265,7 +273,6 @@ class Sweeper:
                 # They are in the book; the till keeps its entries until somebody mends it.
                 self._say_once(entries[0][0].scope_keys[0], exc.reply)
             # crash-point: takeover.confirmed
-        return len(receipts)
 
     def _receipt(self, prefix: str, request_id: str, raw: bytes | None) -> ChargeReceipt | None:
         """The receipt of this very request, or None: then it is said, once."""

@@ -20,7 +20,7 @@ from billing.errors import BillingError
 from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
 from billing.idempotency import purge_idempotent_requests
-from billing.spool_replay import post_into, replay_spool
+from billing.spool_replay import replay_spool
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
@@ -127,7 +127,7 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
     async def replay() -> Counter[str] | None:
         if not limits.spool_dir:
             return None
-        done = await replay_spool(Path(limits.spool_dir), post_into(pool))
+        done = await replay_spool(Path(limits.spool_dir), sweeper.post)
         return +Counter(msgspec.structs.asdict(done))
 
     async def forget() -> Counter[str]:
