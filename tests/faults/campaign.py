@@ -88,9 +88,11 @@ async def campaign(
         tally.add(evidence, verdict)
         mark = "FAILED" if verdict.problems else "ok"
         killed = ", ".join(evidence.struck.kills) or "nothing"
+        worst = max((loss.worst for loss in verdict.losses.values()), default=0)
         tell(
             f"run {number}: {plan.fault}; killed {killed}; {verdict.requests} requests,"
-            f" {verdict.receipts} receipts, {verdict.recovered} recovered: {mark}"
+            f" {verdict.receipts} receipts, {verdict.recovered} recovered,"
+            f" worst loss {worst:,}: {mark}"
         )
     return tally
 

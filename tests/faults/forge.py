@@ -59,6 +59,8 @@ def main(descriptor: int, exits: Path) -> None:
             os._exit(_become(json.loads(order), descriptors))
         for number in descriptors:
             os.close(number)
+        # In a long campaign process ids come round again: this one's end is not the old one's.
+        (exits / str(pid)).unlink(missing_ok=True)
         orders.send(str(pid).encode())
 
 

@@ -95,6 +95,10 @@ async def _recovery(world: World, plan: Plan) -> AsyncIterator[None]:
     if world.work is None:
         await world.start_work(plan.crash_at if dies else "")
     yield
+    if dies and world.work is not None:
+        # One that had nothing to do still means to die.
+        await world.work.stop()
+        world.work = None
 
 
 async def _serves_again(world: World, plan: Plan, key: str, trouble: list[str]) -> list[Answer]:

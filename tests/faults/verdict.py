@@ -27,6 +27,7 @@ NOT_FREE = 1
 WHOLE = "the client got all of it"
 RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
+STOOD_STILL = "worker stood still, then died: what it never read, too"
 CUT_OFF = "worker dead while both stores were away: since the last checkpoint before"
 UNSENT = "never reached the provider"
 MARKED = "worker dead between its mark and the provider"
@@ -209,6 +210,8 @@ def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mappin
     if receipt["usage_source"] == "checkpoint" and receipt["outcome"] == "recovered":
         if did is None:
             return MARKED
+        if evidence.plan.stands_still:
+            return STOOD_STILL
         return CUT_OFF if evidence.plan.needs_patience else RECOVERED
     if did is None:
         return UNSENT
