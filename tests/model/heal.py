@@ -31,8 +31,8 @@ async def heal(world: World) -> None:
     await network.settle_down()
     assert sum(worker.refused for worker in world.workers) == 0
     ledger = await world.ledger()
-    laws.check_rest(world, await world.look(), ledger, may_cost(world))
-    for uid, (_, source) in ledger.receipts.items():
+    laws.check_rest(world, await world.look(), ledger)
+    for uid, (_, source, _) in ledger.receipts.items():
         world.counts["receipts"] += 1
         world.counts["guessed"] += source == UsageSource.CHECKPOINT
         world.counts["adjusted"] += ledger.adjustment(uid) is not None
@@ -61,15 +61,3 @@ async def _end_all(worker: Worker) -> None:
         await worker.commit(is_answered=True)
     while settler._unconfirmed:
         await worker.confirm()
-
-
-def may_cost(world: World) -> dict[str, set[int]]:
-    """For each request that must have a receipt, what it costs.
-
-    What a worker said counts when it lived until it had said so to the book, too.
-    """
-    return {
-        request.id: {request.price}
-        for request in world.requests.values()
-        if not request.is_lost and request.price is not None
-    }

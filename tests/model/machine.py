@@ -14,7 +14,8 @@ from tests.model import laws
 from tests.model.heal import heal
 from tests.model.people import Request, Worker
 from tests.model.seen import Look
-from tests.model.world import PAST_MAX, Fate, Ledger, Stage, World
+from tests.model.wire import Fate
+from tests.model.world import PAST_MAX, Ledger, Stage, World
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ PICKS = st.integers(0, 11)
 FATES = st.lists(
     st.sampled_from([Fate.OK, Fate.LOST, Fate.MUTE, Fate.LATE, Fate.TWICE]), max_size=2
 )
+END_FATES = st.sampled_from([Fate.OK, Fate.OK, Fate.LOST, Fate.MUTE, Fate.LATE, Fate.TWICE])
 SHARD_FATES = st.sampled_from([Fate.OK, Fate.OK, Fate.LATE, Fate.MUTE])
 # Between two disasters, so that something was built up that can be lost.
 CALM_STEPS, LOSS_STEPS = 3, 8
@@ -98,7 +100,7 @@ class MoneyMachine(RuleBasedStateMachine):
         self.count(f"admit {word}")
         if word in {"refused", "rebuilding"}:
             # Its admission may still be on its way; nobody forwards it, so it costs nothing.
-            request.is_lost, request.hold = True, 0
+            request.is_lost, request.hold, request.asked = True, 0, 0
         elif word == "admitted":
             self.check_admitted(worker)
         return request
@@ -132,9 +134,9 @@ class MoneyMachine(RuleBasedStateMachine):
         self.count(f"settle {self.run(worker.end(request, price))}")
 
     @precondition(has_open)
-    @rule(pick=PICKS, share=st.integers(0, 4), fate=st.sampled_from(list(Fate)[:-1]))
-    def finish(self, pick: int, share: int, fate: Fate) -> None:
-        """Settle, commit, confirm: as it goes when nothing happens but to the settle."""
+    @rule(pick=PICKS, share=st.integers(0, 4), fate=END_FATES, later=END_FATES)
+    def finish(self, pick: int, share: int, fate: Fate, later: Fate) -> None:
+        """Settle, commit, confirm: as it goes when nothing happens to the first and the last."""
         worker, request = self.pick_open(pick)
         self.plan([fate])
         price = request.hold * share // 4 if request.is_sent else 0
@@ -142,6 +144,7 @@ class MoneyMachine(RuleBasedStateMachine):
         if not worker.settler._in_flight:
             worker.begin_commit(4)
         self.run(worker.commit(is_answered=True))
+        self.plan([later])
         self.confirm_all(worker)
 
     def confirm_all(self, worker: Worker) -> None:
@@ -255,7 +258,7 @@ class MoneyMachine(RuleBasedStateMachine):
             self.run(self.world.pass_time(seconds))
             self.run(self.world.sweep(0))
         self.before = None
-        self.finish(pick, share, Fate.OK)
+        self.finish(pick, share, Fate.OK, Fate.OK)
 
     @precondition(lambda self: self.world.network.bag)
     @rule(pick=PICKS, is_last=st.booleans())
@@ -332,6 +335,11 @@ class MoneyMachine(RuleBasedStateMachine):
             name
             for name in world.excused
             if not laws.is_represented(world.requests[name], seen, ledger)
+        }
+        world.guessed = {
+            name
+            for name, request in world.requests.items()
+            if laws.guess_of(request, seen, ledger) is not None
         }
         laws.check_nothing_minted(world, seen, ledger)
         laws.check_no_overspend(world, seen, ledger)

@@ -49,6 +49,8 @@ class Request(msgspec.Struct, eq=False):
     purse: Purse
     hold: int
     """The most that it may cost, as far as the till ever granted."""
+    asked: int
+    """The most that was ever asked for: the answer of the till may have been lost."""
     draft: ChargeReceipt
     is_sent: bool = False
     price: int | None = None
@@ -86,7 +88,7 @@ def new_request(uid: UUID, purse: Purse, hold: int, price_version: int) -> Reque
         started_at=now,
         finished_at=now,
     )
-    return Request(uid=uid, purse=purse, hold=hold, draft=draft)
+    return Request(uid=uid, purse=purse, hold=hold, asked=hold, draft=draft)
 
 
 class Worker:
@@ -148,6 +150,7 @@ class Worker:
         request.draft = replace(
             request.draft, input_tokens=request.draft.input_tokens + tokens, hold_nanos=request.hold
         )
+        request.asked = max(request.asked, request.hold + more)
         try:
             status, held, _ = await self._renew(request, request.hold + more)
         except TillUnavailable:

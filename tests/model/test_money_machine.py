@@ -13,13 +13,15 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from billing.till import Scripts
 from tests.model.machine import MoneyMachine
+from tests.model.roam import roam
 from tests.model.world import Stage
 from tests.support.books import open_pool
 
 STEPS = 50
-MACHINES = 40
+MACHINES = 15
 SEED = 4
-# What a run of this size must have met, or it says little.
+ROAMING = 15
+# What these must have met, or they say little.
 MET = ("admit admitted", "adjusted", "delivered late", "epoch new", "flush", "guessed", "kill")
 MET_TOO = ("pause", "restart", "sweep recovered", "sweep voided", "sweeper met", "renew ok")
 
@@ -60,16 +62,23 @@ def bounds(machines: int, **values: Any) -> settings:
 
 @pytest.mark.timeout(7200)
 def test_money_survives_random_machines(
-    fresh_book: str,
-    fresh_till: str,
-    machines: tuple[int, int],
-    capsys: pytest.CaptureFixture[str],
+    fresh_book: str, fresh_till: str, machines: tuple[int, int]
 ) -> None:
     number, first = machines
     with staged(fresh_book, fresh_till) as kind:
         run_state_machine_as_test(seed(first or SEED)(kind), settings=bounds(number or MACHINES))
 
-    with capsys.disabled():
-        if number:
-            print(json.dumps(kind.counts, indent=1, sort_keys=True))  # noqa: T201
+
+@pytest.mark.timeout(7200)
+def test_money_survives_machines_of_many_steps(
+    fresh_book: str, fresh_till: str, machines: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, first = machines
+    seeds = range(first, first + (number or ROAMING))
+    with staged(fresh_book, fresh_till) as kind:
+        steps = roam(kind, seeds, STEPS)
+
+    if number:
+        with capsys.disabled():
+            print(json.dumps({"machines": number, "steps made": steps, **kind.counts}))  # noqa: T201
     assert [what for what in (*MET, *MET_TOO) if not kind.counts[what]] == []

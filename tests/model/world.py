@@ -29,7 +29,7 @@ from billing.till_epoch import AccountState
 from config.ids import new_id
 from tests.model.people import Purse, Request, Worker, new_request
 from tests.model.seen import PASS_TIME, Look, look, put_back
-from tests.model.wire import Fate, Message, Network, WireLink
+from tests.model.wire import Network, WireLink
 
 RATES = Rates(
     input_rate=10**9,
@@ -57,7 +57,7 @@ FROM billing_accounts
 WHERE id = ANY($1::uuid[])
 """
 SELECT_RECEIPTS = """
-SELECT request_id, price_nanos, usage_source
+SELECT request_id, price_nanos, usage_source, hold_nanos
 FROM charge_receipts
 WHERE billing_account_id = ANY($1::uuid[])
 """
@@ -100,8 +100,8 @@ class Ledger(msgspec.Struct):
     epoch: int
     balances: dict[UUID, tuple[int, int]]
     """Balance and version of each account."""
-    receipts: dict[UUID, tuple[int, str]]
-    """Price and usage source of each receipt."""
+    receipts: dict[UUID, tuple[int, str, int]]
+    """Price, usage source and hold of each receipt."""
     rows: list[Any]
 
     def adjustment(self, uid: UUID) -> tuple[int, int] | None:
@@ -139,6 +139,8 @@ class World:
         """The till lost something while the book was in this epoch; 0: never."""
         self.excused: set[str] = set()
         """Requests that the till may have lost and that their workers did not place again yet."""
+        self.guessed: set[str] = set()
+        """Requests for which a sweeper put something in, before this step."""
         self.at_risk: dict[UUID, int] = {}
         """Per account, what was open whenever the till lost something."""
         self.has_waited = True
@@ -213,7 +215,11 @@ class World:
                     for row in await conn.fetch(SELECT_ACCOUNTS, ids)
                 },
                 receipts={
-                    row["request_id"]: (row["price_nanos"], row["usage_source"])
+                    row["request_id"]: (
+                        row["price_nanos"],
+                        row["usage_source"],
+                        row["hold_nanos"],
+                    )
                     for row in await conn.fetch(SELECT_RECEIPTS, ids)
                 },
                 rows=await conn.fetch(SELECT_LEDGER, ids),
@@ -331,6 +337,3 @@ class World:
         for call in [message.deliver() for message in messages]:
             await call
         await self.end_rounds()
-
-
-__all__ = ["CREDIT", "Fate", "Ledger", "Message", "Stage", "World"]
