@@ -26,6 +26,7 @@ NOT_FREE = 1
 WHOLE = "the client got all of it"
 RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
+ONE_PIECE = "worker dead: an answer in one piece, about to be settled"
 STOOD_STILL = "worker stood still, then died: what it never read, too"
 CUT_OFF = "worker dead while both stores were away: since the last checkpoint before"
 UNSENT = "never reached the provider"
@@ -211,7 +212,9 @@ def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mappin
             return MARKED
         if evidence.plan.stands_still:
             return STOOD_STILL
-        return CUT_OFF if evidence.plan.needs_patience else RECOVERED
+        if evidence.plan.needs_patience:
+            return CUT_OFF
+        return RECOVERED if answer.order.stream else ONE_PIECE
     if did is None:
         return UNSENT
     is_all = receipt["outcome"] == "complete" and receipt["overrun_nanos"] == 0
