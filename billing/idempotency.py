@@ -16,6 +16,7 @@ import msgspec
 from billing.book import Connection, translated
 from billing.errors import IdempotencyCompleted, IdempotencyInFlight, IdempotencyMismatch
 from billing.receipts import Outcome
+from billing.usage import UsageSource
 from config.clock import Seconds
 
 # A request is admitted within seconds of its claim. One that was not admitted by then never was,
@@ -42,6 +43,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     epoch_age_s: int
     """How long the till's content has been of that epoch: what it lost before counts for more."""
+    is_guessed: bool = False
+    """A sweeper voided it for a worker that may live after all, and then charges for it."""
 
 
 def claim_of(virtual_key_id: UUID, key: bytes, body: bytes, request_id: UUID) -> Claim:
@@ -63,7 +66,7 @@ RETURNING request_id
 """
 SELECT_HOLDER = """
 SELECT
-    i.body_digest, i.request_id, r.outcome, r.price_nanos, e.epoch,
+    i.body_digest, i.request_id, r.outcome, r.price_nanos, r.usage_source, e.epoch,
     extract(epoch FROM clock_timestamp() - i.created_at)::bigint AS age_s,
     extract(epoch FROM clock_timestamp() - e.changed_at)::bigint AS epoch_age_s
 FROM idempotent_requests AS i
@@ -120,12 +123,14 @@ async def _refuse_unless_free(
     if row["outcome"] is not None:
         if row["outcome"] != Outcome.VOIDED or row["price_nanos"]:
             raise IdempotencyCompleted(request_id=row["request_id"], price_nanos=row["price_nanos"])
-        return
+        if row["usage_source"] != UsageSource.CHECKPOINT:
+            return
     holder = Holder(
         request_id=row["request_id"],
         age_s=row["age_s"],
         epoch=row["epoch"],
         epoch_age_s=row["epoch_age_s"],
+        is_guessed=row["outcome"] is not None,
     )
     if holder.age_s < ABANDONED_AFTER_S or not await is_abandoned(holder):
         raise IdempotencyInFlight

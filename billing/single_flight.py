@@ -15,6 +15,9 @@ class SingleFlight:
         self._look_at = look_at
         self._reading: dict[Hashable, asyncio.Future[Any]] = {}
 
+    def is_running(self, what: Hashable) -> bool:
+        return what in self._reading
+
     async def run(self, what: Hashable, read: Callable[[], Awaitable[T]]) -> T:
         """The result of read, which runs once for all who ask while it runs.
 

@@ -74,6 +74,8 @@ class Spool:
         self._written: set[Settled] = set()
         # The book refused one of its receipts, which must not vanish with the others.
         self._has_refused = False
+        # A write is under way, or this worker ended before it knew of its end.
+        self._is_writing = False
         self._wake = asyncio.Event()
 
     @property
@@ -123,7 +125,8 @@ class Spool:
         """Let the file go: it is deleted when the book has all of it, else it can be replayed."""
         self._forget_committed()
         if self._file is not None:
-            self._file.close(delete=not self._written and not self._has_refused)
+            is_done = not self._written and not self._has_refused and not self._is_writing
+            self._file.close(delete=is_done)
             self._file = None
 
     def _begin(self, settled: Settled) -> asyncio.Future[None] | None:
@@ -148,6 +151,7 @@ class Spool:
     async def _is_kept(self, batch: list[Settled]) -> bool:
         """Write and sync in a thread; False when the disk refuses."""
         # crash-point: spool.begin
+        self._is_writing = True
         work = asyncio.get_running_loop().run_in_executor(None, self._write, batch)
         await asyncio.wait([work], timeout=STALLED_S)
         if not work.done():
@@ -158,11 +162,13 @@ class Spool:
             facts = {"folder": str(self._folder), "receipts": len(batch), "error": str(exc)}
             log.error("spool.failed", extra=facts)
             self._on_result("failed", len(batch))
+            self._is_writing = False
             return False
         if batch:
             log.warning("spool.written", extra={"receipts": len(batch)})
             self._on_result("written", len(batch))
         self._written.update(batch)
+        self._is_writing = False
         # crash-point: spool.done
         for settled in batch:
             self._end_wait(settled)

@@ -35,7 +35,7 @@ BATCH_MAX = 256
 CALLS_AT_ONCE = 256
 # A live worker renews all that it has open: what it does not renew for this long it forgot.
 FORGOTTEN_FACTOR = 4
-# Outbox entries whose age is known; beyond it ages begin anew, which only delays.
+# Outbox entries whose age is known. Those beyond it wait until some of these are posted.
 SEEN_MAX = 200_000
 STATES = {b"H", b"F"}
 _PREFIXES = [f"fb:{{s{shard:02x}}}:" for shard in range(SHARDS)]
@@ -129,7 +129,7 @@ class Sweeper:
                 continue
             if not any(found):
                 # It ended just now, unless this is a lease without a hold, which holds nothing.
-                await self._till.drop_lease(prefix, name.decode("utf-8", "replace"))
+                await self._drop_lease(prefix, name.decode("utf-8", "replace"))
                 continue
             state, nanos, worker, raw = found
             request_id = name.decode("utf-8", "replace")
@@ -142,6 +142,13 @@ class Sweeper:
             holder = (worker or b"").decode("utf-8", "replace")
             held.append(Held(request_id, state.decode(), int(nanos), holder, draft, ends[name]))
         return held
+
+    async def _drop_lease(self, prefix: str, request_id: str) -> None:
+        try:
+            await self._till.drop_lease(prefix, request_id)
+        except TillRefused as exc:
+            # Another key of the shard is broken: that must not end the round for all the others.
+            self._say_once(request_id, exc.reply)
 
     async def _calls(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The replies; None for a key that is nothing that the scripts make: it is said, once."""
@@ -231,20 +238,28 @@ class Sweeper:
     def _is_due(self, request_id: str) -> bool:
         """Ages are ours, from the first time we saw it: no two clocks are compared."""
         now = time.monotonic()
-        if len(self._seen) > SEEN_MAX:
-            self._seen.clear()
+        if len(self._seen) >= SEEN_MAX and request_id not in self._seen:
+            return False
         return now - self._seen.setdefault(request_id, now) >= self._takeover_s
 
     async def _post(self, receipts: Sequence[ChargeReceipt]) -> int:
         # crash-point: takeover.begin
         try:
-            async with acquire(self._pool) as conn:
-                states = await post_receipts(conn, receipts)
+            await self.post(receipts)
         except BookRefused as exc:
             if len(receipts) == 1:
                 self._say_once(receipts[0].source_reference, exc.reason)
                 return 0
             return sum([await self._post([receipt]) for receipt in receipts])
+        return len(receipts)
+
+    async def post(self, receipts: Sequence[ChargeReceipt]) -> None:
+        """Post receipts that are not this process's own, and tell the till what the book says now.
+
+        Raises what the book raises, and TillUnavailable: to do it again is right in any case.
+        """
+        async with acquire(self._pool) as conn:
+            states = await post_receipts(conn, receipts)
         # crash-point: takeover.done
         by_account: dict[Any, list[tuple[SpendScopes, str]]] = {}
         for receipt in receipts:
@@ -258,7 +273,6 @@ class Sweeper:
                 # They are in the book; the till keeps its entries until somebody mends it.
                 self._say_once(entries[0][0].scope_keys[0], exc.reply)
             # crash-point: takeover.confirmed
-        return len(receipts)
 
     def _receipt(self, prefix: str, request_id: str, raw: bytes | None) -> ChargeReceipt | None:
         """The receipt of this very request, or None: then it is said, once."""

@@ -353,8 +353,11 @@ class Till:
         return status in {"short", "frozen"} and await self.refresh(account_id)
 
     async def refresh(self, account_id: UUID) -> bool:
-        """Tell the till what the book says now; False when it was just asked, or is away."""
-        if not self._may_refresh(account_id):
+        """Tell the till what the book says now; False when it was just asked, or is away.
+
+        While it is being asked, whoever else wants to know waits for the same answer.
+        """
+        if not self._reading.is_running(account_id) and not self._may_refresh(account_id):
             return False
         try:
             await self.seed_from_book(account_id)

@@ -191,8 +191,8 @@ class TillScan:
         start = len(shard.prefix) + len("h:")
         return Look(
             scope=scope,
-            holds={name.decode()[start:]: parser.integer(key, "", n) for name, n in held},
-            outbox={name.decode(): parser.integer(key, "", price) for name, price in settled},
+            holds={_name(name)[start:]: parser.integer(key, "", n) for name, n in held},
+            outbox={_name(name): parser.integer(key, "", price) for name, price in settled},
         )
 
     async def read_scope(self, kind: Literal["a", "k"], owner_id: UUID, key: str) -> Scope | None:
@@ -290,6 +290,11 @@ class TillScan:
         if isinstance(reply, ResponseError):
             return b"0", reply
         return str(reply[0]).encode(), reply[1]
+
+
+def _name(raw: bytes) -> str:
+    """Of something in our keys, even of what nobody of us wrote."""
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def _is_epoch(key: bytes) -> bool:

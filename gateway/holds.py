@@ -71,8 +71,9 @@ class HoldKeeper:
 
     async def _look_at_epoch(self) -> None:
         epoch = self._till.epoch
-        if epoch.is_known and not await epoch.has(epoch.number):
-            epoch.doubt(epoch.number, is_lost=True)
+        number = epoch.number
+        if epoch.is_known and not await epoch.has(number):
+            epoch.doubt(number, is_lost=True)
         if not epoch.is_known:
             await self._till.learn_epoch()
 
@@ -81,13 +82,22 @@ class HoldKeeper:
         due = [r for r in self._services.replies if now - r.renewed_at >= self._every_s]
         try:
             for part in _parts(due):
-                await self._renew(part)
+                await self._renew_some(part)
         except BillingError as exc:
             if not self._is_failing:  # once for each time that the till is away
                 log.warning("holds.renew_failed", extra={"error": repr(exc), "holds": len(due)})
             self._is_failing = True
         else:
             self._is_failing = self._is_failing and not due
+
+    async def _renew_some(self, replies: Sequence["Reply"]) -> None:
+        try:
+            await self._renew(replies)
+        except BillingError:
+            raise
+        except Exception:
+            # All other streams of this worker would lose their holds with these.
+            log.exception("holds.renew_crashed", extra={"holds": len(replies)})
 
     async def _renew(self, replies: Sequence["Reply"]) -> None:
         """Write down how far these came and renew their leases."""

@@ -20,7 +20,7 @@ from billing.errors import BillingError
 from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
 from billing.idempotency import purge_idempotent_requests
-from billing.spool_replay import post_into, replay_spool
+from billing.spool_replay import replay_spool
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
@@ -86,7 +86,14 @@ async def _do(job: Job) -> None:
     if now < job.due_at:
         return
     job.due_at = now + job.every_s
-    done = await job.run()
+    try:
+        done = await job.run()
+    except BillingError:
+        raise
+    except Exception:
+        # The others go on, with what they remember: how long a sweeper watched a lease, above all.
+        log.exception("work.crashed", extra={"job": job.name})
+        return
     if done:
         log.info("work.done", extra={"job": job.name, **done})
 
@@ -120,7 +127,7 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
     async def replay() -> Counter[str] | None:
         if not limits.spool_dir:
             return None
-        done = await replay_spool(Path(limits.spool_dir), post_into(pool))
+        done = await replay_spool(Path(limits.spool_dir), sweeper.post)
         return +Counter(msgspec.structs.asdict(done))
 
     async def forget() -> Counter[str]:

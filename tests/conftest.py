@@ -21,6 +21,7 @@ TEMPLATE = "farebox_template"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="slow matrices and loads at full size")
+    parser.addoption("--machines", type=int, default=0, help="how many machines tests/model runs")
     faults = parser.getgroup("faults", "the fault campaign (-m faults tests/faults)")
     faults.addoption("--runs", type=int, default=None, help="how many runs")
     faults.addoption("--seed", type=int, default=None, help="what they are drawn from")

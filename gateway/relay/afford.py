@@ -9,8 +9,9 @@ from billing.tokens import TokenCounter
 from gateway.protocols.facts import CallFacts
 from gateway.relay.call import Call
 
-# Text has hardly ever more bytes for each token than this; English has some four and a half.
-BYTES_PER_TOKEN_MOST = 8
+# Text has hardly ever more bytes for each token than this: English, which has some four and a
+# half; other scripts (Russian and Hindi have up to ten); text whose letters are written \u0431.
+BYTES_PER_TOKEN_MOST, BYTES_OTHERS, BYTES_ESCAPED = 8, 16, 40
 # A longer prompt is not counted: whoever cannot pay could keep our processors busy with it.
 COUNTED_BYTES_MAX = 1024 * 1024
 
@@ -35,7 +36,14 @@ def size_hold(call: Call, rates: Rates) -> None:
 def prompt_least(facts: CallFacts) -> int:
     """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
     around = len(facts.body) - memoryview(facts.fields.get("messages", b"")).nbytes
-    return max((facts.text_bytes - around) // BYTES_PER_TOKEN_MOST, 1)
+    return max((facts.text_bytes - around) // _bytes_per_token(facts.body), 1)
+
+
+def _bytes_per_token(body: bytes) -> int:
+    """The most that a token of it is likely to have."""
+    if b"\\u" in body:
+        return BYTES_ESCAPED
+    return BYTES_PER_TOKEN_MOST if body.isascii() else BYTES_OTHERS
 
 
 def bound_prompt(call: Call) -> None:
@@ -73,7 +81,7 @@ async def fit(call: Call, available_nanos: int, output_min: int, counter: TokenC
     call.output_tokens, call.lowered_to = asked, None
     least = min(output_min, asked)
     # A count is worth its time only if it may help.
-    surely = call.facts.text_bytes // BYTES_PER_TOKEN_MOST
+    surely = call.facts.text_bytes // _bytes_per_token(call.facts.body)
     if _affords(call, rates, available_nanos, surely) >= least:
         await count_prompt(call, counter)
     affords = _affords(call, rates, available_nanos, call.input_ceiling)

@@ -8,7 +8,6 @@ the operator's risk: up to the most that the request may cost, and no longer tha
 """
 
 import asyncio
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from billing.errors import BillingError
@@ -70,7 +69,7 @@ class Growth:
         pieces: the last of what came, not delivered yet.
         """
         kinds = [piece.kind for piece in pieces]
-        if kinds[0] is not PieceKind.PLAIN or PieceKind.ERROR in kinds or self.glance():
+        if PieceKind.PLAIN not in kinds or PieceKind.ERROR in kinds or self.glance():
             return pieces
         await self._count()
         tokens = self._tokens_most()
@@ -142,13 +141,20 @@ class Growth:
             if tokens <= covered or call.hold_nanos >= call.hold_max_nanos:
                 return
             wanted = call.wanted_nanos
-            if available is None or await till.refresh(call.caller.scopes.account_id):
+            if available is None or await self._has_news():
                 continue
             wanted = min(wanted, call.hold_nanos + available)
             if wanted < self._hold_for(covered + max(self._window // PIECE, 1)):
                 break
         # crash-point: credit.exhausted
         self.is_exhausted = True
+
+    async def _has_news(self) -> bool:
+        """Whether the book was asked if a refusal still holds, and the till told of it."""
+        try:
+            return await self._reply.services.till.refresh(self._call.caller.scopes.account_id)
+        except BillingError:
+            return False  # the till left in between: its refusal stands until it is asked again
 
     def _plan(self, tokens: int) -> None:
         """Look again before the next place can be reached, if the text goes on as it did."""
@@ -177,8 +183,9 @@ class Growth:
 
     def _cut(self, pieces: list[Piece], excess: int) -> list[Piece]:
         """The first of these frames, without as many tokens at their end."""
-        plain = takewhile(lambda piece: piece.kind is PieceKind.PLAIN, pieces)
-        frames = [frame for piece in plain for frame in sse.split_frames(piece.data)]
+        # Usage may stand between them: what comes behind it counts as text that came, too.
+        plain = [piece.data for piece in pieces if piece.kind is PieceKind.PLAIN]
+        frames = [frame for data in plain for frame in sse.split_frames(data)]
         chars, seen = 0, self._seen
         while frames and excess > 0 and (text := _text_of(frames[-1])) is not None:
             excess -= count_tokens(text)

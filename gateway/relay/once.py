@@ -83,9 +83,12 @@ class Claims:
         self._longest_s = request_total_s + SETTLED_WITHIN_S
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._claiming: dict[UUID, asyncio.Task[BillingError | None]] = {}
+        # Requests whose claim cannot be in the book, so that there is nothing to release.
+        self._unasked: set[UUID] = set()
 
     async def take(self, scopes: SpendScopes, claim: Claim) -> None:
         """Claim the key. Raises one of HELD_BY_ANOTHER, or ApiError 503: then it may be claimed."""
+        self._unasked.add(claim.request_id)
         if len(self._claiming) >= CLAIMS_WAITING_MAX:
             raise unavailable("The gateway is busy.")
         task = self._tasks.start(self._claim(scopes, claim), "idempotency.claim")
@@ -101,6 +104,8 @@ class Claims:
     async def release(self, claim: Claim) -> None:
         """Leave the key to others: the request was refused. Never raises."""
         claiming = self._claiming.get(claim.request_id)
+        if claiming is None and self._is_unasked(claim):
+            return
         task = self._tasks.start(self._release(claim, claiming), "idempotency.release")
         if claiming is None:
             await asyncio.wait([task], timeout=BOOK_WAIT_S)
@@ -117,6 +122,7 @@ class Claims:
                 if time.monotonic() > due:
                     return BookUnavailable()  # nobody waits for it any more
                 async with acquire(self._pool) as conn:
+                    self._unasked.discard(claim.request_id)
                     holder_id = await claim_request(conn, claim, is_abandoned)
         except HELD_BY_ANOTHER as exc:
             return exc
@@ -130,6 +136,8 @@ class Claims:
     async def _release(self, claim: Claim, claiming: asyncio.Task[Any] | None) -> None:
         if claiming is not None:
             await asyncio.wait([claiming])  # a claim that came after its release would stay
+            if self._is_unasked(claim):
+                return
         try:
             async with self._slots, acquire(self._pool) as conn:
                 await release_claim(conn, claim)
@@ -137,16 +145,27 @@ class Claims:
             facts = {"request_id": id_text(claim.request_id)}
             log.warning("idempotency.release_failed", extra=facts)
 
+    def _is_unasked(self, claim: Claim) -> bool:
+        """Asked once, when the request was refused: it is forgotten then."""
+        is_unasked = claim.request_id in self._unasked
+        self._unasked.discard(claim.request_id)
+        return is_unasked
+
     async def _is_abandoned(self, scopes: SpendScopes, holder: Holder) -> bool:
         """Whether the request that has the claim never was admitted, or nothing is left of it.
 
         That the till does not know it says something only when the till has lost nothing since.
         """
+        if holder.is_guessed:
+            return holder.age_s > self._longest_s
         try:
             epoch, is_known = await self._till.trace(scopes, id_text(holder.request_id))
         except (TillUnavailable, TillRefused):
             return False
         if is_known:
             return False
-        is_whole = epoch == holder.epoch and holder.epoch_age_s > holder.age_s
+        # A server that this worker has not made sure of may be a restarted one: its content may be
+        # of before the request, and its epoch still the old one.
+        is_same = self._till.epoch.is_known and epoch == holder.epoch
+        is_whole = is_same and holder.epoch_age_s > holder.age_s
         return is_whole or holder.age_s > self._longest_s

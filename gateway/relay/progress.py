@@ -5,6 +5,10 @@ import msgspec
 from gateway.relay.call import Call
 from gateway.relay.seen import Seen
 
+# A text counted in two pieces has hardly ever more tokens than this beyond its count as a whole;
+# a short piece, which begins and ends with a token of the provider's, less.
+MEETING_TOKENS = 3
+
 
 class Uncounted(msgspec.Struct, frozen=True):
     """Text that no count has yet, and whether the prompt has none either."""
@@ -39,8 +43,8 @@ class Progress:
             receipt.input_tokens = prompt_tokens or receipt.input_tokens
             self._is_prompt_counted = True
         if part.text and part.start == self.chars:
-            # A token may lie across the place where two counts meet.
-            receipt.output_tokens += text_tokens - (self.chars > 0)
+            beyond = min(MEETING_TOKENS, 1 + text_tokens // 16) if self.chars else 0
+            receipt.output_tokens += max(text_tokens - beyond, 0)
             self.chars += len(part.text)
             self.text_bytes += len(part.text.encode(errors="replace"))
             self.tokens += text_tokens

@@ -199,11 +199,11 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     words = did.words_at(moment)
     if not words:
         return NOT_FREE
-    # A token may lie across the place where two counts meet: it is left out. They are made for
-    # each checkpoint, and where a stream asks for more hold.
+    # Tokens may lie across the place where two counts meet: one for each count and one more for 16
+    # of its own are left out. Counts are made for each checkpoint, and where a stream grows.
     first_at = next(at for at, count in did.words if count)
     meetings = int((moment - first_at) / RENEW_S) + 1 + words // WORDS_PER_COUNT
-    return price(evidence.prompt_tokens, max(words - meetings, 0))
+    return price(evidence.prompt_tokens, max(words - meetings - words // 16, 0))
 
 
 def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:

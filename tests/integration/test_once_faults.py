@@ -7,8 +7,16 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from billing.errors import IdempotencyInFlight
+from billing.fleet import PoolBook
+from billing.idempotency import claim_of
+from config.ids import new_id
+from gateway.relay.once import Claims
+from gateway.supervise import Tasks
+from tests.support.books import make_account, open_pool
 from tests.support.faultproxy import FaultProxy, Mode, running_proxy
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway, zoo_model
+from tests.support.tills import running_till
 from tests.support.upstream.launch import Upstream
 
 BODY = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
@@ -182,3 +190,57 @@ async def test_more_claims_than_may_wait_are_refused(
     assert sum(answer.status_code == 200 for answer in answers) <= 1
     assert sum("busy" in answer.text for answer in answers) == 5
     assert upstream.stats()["requests"] <= 2
+
+
+async def test_a_claim_that_never_reached_the_book_leaves_nothing_to_release(
+    book_url: str, till_url: str, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the book stalls, each of many refused requests would leave a task behind."""
+    monkeypatch.setattr("gateway.relay.once.CLAIMS_WAITING_MAX", 5)
+    monkeypatch.setattr("gateway.relay.once.BOOK_WAIT_S", 0.1)
+    settings = make_settings(upstream.base_url, {"plain": zoo_model("plain")})
+
+    def releasing() -> int:
+        return sum("release" in task.get_name() for task in asyncio.all_tasks())
+
+    async def none_left() -> bool | None:
+        return None if releasing() else True
+
+    async with (
+        running_proxy(book_url) as (proxy, url),
+        running_gateway(url, till_url, upstream.base_url, settings) as gateway,
+        client_of(gateway) as client,
+    ):
+        proxy.both(Mode.STALL)
+        answers = [await asyncio.gather(*(post(client) for _ in range(10))) for _ in range(3)]
+        left = releasing()
+        proxy.heal()
+        await eventually(none_left)
+        await served(client)
+        await gateway.at_rest()
+
+    assert {code(answer) for part in answers for answer in part} == {(503, "unavailable")}
+    assert left <= 5
+
+
+async def test_a_till_that_nobody_made_sure_of_frees_no_key(book_url: str, till_url: str) -> None:
+    """It may be restarted with old content, in which a request that runs is not known."""
+    tasks = Tasks()
+    async with (
+        open_pool(book_url) as pool,
+        running_till(till_url, PoolBook(pool, "w_one")) as till,
+        running_till(till_url, PoolBook(pool, "w_two")) as reconnected,
+    ):
+        account = await make_account(pool)
+        await till.learn_epoch()
+        first, second = (claim_of(account.virtual_key_id, b"k", b"{}", new_id()) for _ in "12")
+        await Claims(pool, till, tasks, 600).take(account.scopes, first)
+        await pool.execute("UPDATE idempotent_requests SET created_at = now() - interval '100 s'")
+        await pool.execute("UPDATE till_epoch SET changed_at = now() - interval '200 s'")
+        claims = Claims(pool, reconnected, tasks, 600)
+
+        with pytest.raises(IdempotencyInFlight):
+            await claims.take(account.scopes, second)
+        await reconnected.learn_epoch()
+        await claims.take(account.scopes, second)
+        await tasks.close()

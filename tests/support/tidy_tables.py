@@ -81,6 +81,7 @@ FLOAT_IN_BILLING: dict[str, str] = {}
 HTTP_IN_BILLING = {"billing/chain/rpc.py": "a chain node answers JSON-RPC over HTTP"}
 CATCHES_ALL = {
     "gateway/edge.py": "the edge: whatever fails becomes one well-formed error response",
+    "gateway/holds.py": "renewals: what is odd in one stream must not end those of all others",
     "gateway/supervise.py": "the worker loop: one failing job must not stop the others",
     "gateway/work.py": "the work loop: a round that fails by a bug must not be the last one",
 }

@@ -226,3 +226,30 @@ async def test_a_purge_of_many_goes_in_steps(pool: Pool, monkeypatch: pytest.Mon
         assert await purge_idempotent_requests(conn, 50) == 7
 
     assert await holder(pool) is None
+
+
+async def test_what_a_sweeper_voided_is_not_run_again_while_its_worker_may_live(
+    pool: Pool,
+) -> None:
+    """The worker comes back and is charged for it by an adjustment: two would be charged."""
+    account = await make_account(pool)
+    first, second = claim_by(account), claim_by(account)
+    await take(pool, first)
+    voided = {"outcome": "voided", "usage_source": "checkpoint"}
+    await post(pool, account.receipt(0, request_id=first.request_id, **voided))
+    asked: list[Holder] = []
+
+    async def not_yet(found: Holder) -> bool:
+        asked.append(found)
+        return False
+
+    with pytest.raises(IdempotencyInFlight):
+        await take(pool, second)
+    await age(pool, first, 3600)
+    async with book.acquire(pool) as conn:
+        with pytest.raises(IdempotencyInFlight):
+            await claim_request(conn, second, not_yet)
+    taken_from = await take(pool, second)
+
+    assert [found.is_guessed for found in asked] == [True]
+    assert taken_from == first.request_id

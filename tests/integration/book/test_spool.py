@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import resource
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -178,6 +180,24 @@ async def test_the_end_of_a_worker_keeps_what_is_left(desk: Desk) -> None:
         desk.untaken = [first, desk.settled(), desk.settled()]
         assert await desk.spool.keep_rest(5) == 0
     assert len(desk.lines()) == 3
+
+
+async def test_a_worker_that_ends_during_a_write_leaves_what_was_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_answers = threading.Event()
+    monkeypatch.setattr("billing.spool._sync", lambda _: disk_answers.wait(10))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    tasks, settled = Tasks(), desk.settled()
+    tasks.start(desk.spool.run(), "spool")
+    assert not await desk.spool.keep(settled, 0.1)
+
+    await tasks.close()
+    disk_answers.set()
+    await asyncio.to_thread(lambda: None)  # behind the write, in the same thread
+    desk.spool.close()
+
+    assert desk.lines() == [line_of(settled.receipt)]
 
 
 async def test_a_caller_that_is_cancelled_does_not_take_its_receipt_along(desk: Desk) -> None:

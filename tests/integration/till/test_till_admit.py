@@ -221,6 +221,19 @@ async def test_short_of_credit_the_book_is_asked_once_a_second(till_url: str) ->
     assert said.reads - reads == 2
 
 
+async def test_calls_that_are_short_together_wait_for_one_look_at_the_book(till_url: str) -> None:
+    """Found: while the first one asked for credit that had come in, the others were refused."""
+    said = Said()
+    scopes = said.account(100)
+    async with running_till(till_url, said) as till:
+        await admit(till, scopes, 100)
+        said.put(scopes.account_id, 1000, 2)
+        reads = said.reads
+        await asyncio.gather(*(admit(till, scopes, 100) for _ in range(5)))
+
+    assert said.reads - reads == 1
+
+
 async def test_a_book_that_is_away_does_not_hide_a_refusal(till_url: str) -> None:
     """Short of credit with Postgres down, the caller was told of Postgres instead of its credit."""
     said = Said()

@@ -72,6 +72,19 @@ async def test_nothing_drifts_in_a_sound_world(rig: Rig, watch: DriftWatch) -> N
     assert seen.liabilities_nanos == 2 * 10**9 - 1000
 
 
+async def test_names_that_are_no_text_are_looked_at_like_others(
+    rig: Rig, watch: DriftWatch
+) -> None:
+    account = await make_account(rig.pool)
+    data, scopes = encode_receipt(account.receipt(5)), account.scopes
+    await till(rig, "HSET", scopes.outbox_key, b"\xff", b"5 " + data)
+    held = ("nanos", "7", "state", "F", "worker", "w", "draft", data)
+    await till(rig, "HSET", scopes.hold_prefix.encode() + b"\xfe", *held)
+    await till(rig, "ZADD", scopes.leases_key, 1, b"\xfe")
+
+    assert (await watch.look()).drift_nanos == 5 + 7
+
+
 @pytest.mark.parametrize(
     ("field", "by"), [("held", 5), ("held", -5), ("uncommitted", 5), ("posted", 5), ("posted", -5)]
 )

@@ -12,6 +12,7 @@ from billing.book import acquire
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.sweep import Sweeper
 from billing.till import shard_prefix
+from billing.tokens import count_tokens
 from gateway.relay.reply import Reply
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway, zoo_model
 from tests.support.rawclient import Outcome, chat, exchange
@@ -192,3 +193,27 @@ async def test_a_hold_that_the_till_lost_alone_is_placed_again(
     await client.aclose()
     (receipt,) = await slow.receipts(1)
     assert receipt["outcome"] == "complete"
+
+
+async def test_a_count_that_fails_ends_no_renewals(
+    slow: Gateway, till_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without renewals a sweeper would end every stream of a worker that lives."""
+    failures = iter([RuntimeError("can't start new thread")])
+
+    def count(text: str) -> int:
+        for failure in failures:
+            raise failure
+        return count_tokens(text)
+
+    monkeypatch.setattr("gateway.holds.count_tokens", count)
+    stream = Stream(slow, await slow.key())
+    reply = await stream.reply()
+
+    async def is_renewed() -> bool | None:
+        draft = await draft_in(till_url, reply)
+        return (draft is not None and draft.output_tokens > 0) or None
+
+    await eventually(is_renewed)
+    assert (await stream.end()).frames()[-1] == "[DONE]"
+    assert [r.message for r in caplog.records].count("holds.renew_crashed") == 1

@@ -307,3 +307,34 @@ async def test_what_cannot_be_read_is_said_once_and_holds_up_nobody(
     assert [r.message for r in caplog.records].count("sweep.unreadable") == 1
     assert list((await rig.look(account)).holds) == [broken.source_reference]
     assert request_id == id_text(draft.request_id)
+
+
+async def test_more_settled_receipts_than_ages_are_kept_for_are_all_posted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing.sweep.SEEN_MAX", 4)
+    one = sweeper(rig, takeover_s=0.05)
+    for _ in range(9):
+        account = await make_account(rig.pool)
+        receipt = account.receipt(5)
+        data = encode_receipt(receipt)
+        await rig.till.settle(account.scopes, receipt.source_reference, 5, data)
+
+    async def all_posted() -> bool | None:
+        await one.sweep()
+        return await rig.pool.fetchval("SELECT count(*) FROM charge_receipts") == 9 or None
+
+    await eventually(all_posted)
+    await check_book(rig.pool)
+
+
+async def test_a_lease_that_cannot_be_dropped_keeps_nobody_else_waiting(rig: Rig) -> None:
+    broken = await make_account(rig.pool)
+    await rig.till.link.command(("SET", broken.scopes.outbox_key, "no hash"))
+    await rig.till.link.command(("ZADD", broken.scopes.leases_key, 1, "0" * 26))
+    account = await make_account(rig.pool)
+    while account.scopes.outbox_key <= broken.scopes.outbox_key:  # a later shard
+        account = await make_account(rig.pool)
+    await hold(rig, await draft_of(rig, account), account)
+
+    assert await sweeper(rig).sweep() == {"recovered": 1, "posted": 1}

@@ -135,6 +135,16 @@ def usage_every_chunk(facts: Facts) -> Plan:
     return standard(facts, stream=stream)
 
 
+def usage_between(facts: Facts) -> Plan:
+    """Usage in a chunk of its own after= of the others (half), and the whole stream at once."""
+    stream = chunks(facts)
+    after = len(stream) // 2 if facts.params.after is None else facts.params.after
+    stream.insert(after, usage_chunk(facts, usage(facts, visible=1)))
+    plan = standard(facts, stream=stream)
+    plan.frames = [b"".join(plan.frames)]
+    return plan
+
+
 def usage_in_last_choice(facts: Facts) -> Plan:
     """As OpenRouter: the chunk with finish_reason has usage, too, asked for or not."""
     stream = [item for item in chunks(facts) if item["choices"]]
@@ -284,6 +294,7 @@ PLANS: dict[str, Callable[[Facts], Plan]] = {
     "string-usage": _counts_as(str),
     "float-usage": _counts_as(lambda count: count + 0.5),
     "usage-twice": usage_twice,
+    "usage-between": usage_between,
     "usage-every-chunk": usage_every_chunk,
     "usage-in-last-choice": usage_in_last_choice,
     "above-max-tokens": above_max_tokens,

@@ -1,0 +1,208 @@
+"""What must hold after every step, and what must hold when everything came to rest."""
+
+from uuid import UUID
+
+from billing.receipts import decode_receipt
+from billing.till import account_scope_key
+from billing.usage import UsageSource
+from tests.model.people import Request, Worker
+from tests.model.seen import Look
+from tests.model.world import CREDIT, GRACE_S, Ledger, World
+
+
+def check_sums(world: World, seen: Look) -> None:
+    """Per scope held is the sum of its holds, uncommitted of its outbox; nothing is negative."""
+    held: dict[str, int] = {}
+    uncommitted: dict[str, int] = {}
+    opened: dict[str, int] = {}
+    for name, hold in seen.holds.items():
+        account_key, key_key = world.requests[name].purse.scopes.scope_keys
+        held[account_key] = held.get(account_key, 0) + hold.nanos
+        for key in (account_key, key_key):
+            opened[key] = opened.get(key, 0) + 1
+    for name, (price, _) in seen.outbox.items():
+        account_key = world.requests[name].purse.scopes.scope_keys[0]
+        uncommitted[account_key] = uncommitted.get(account_key, 0) + price
+    for key in {*seen.scopes, *opened, *uncommitted}:
+        scope = seen.scopes.get(key, {})
+        assert scope.get("held", 0) == held.get(key, 0), key
+        assert scope.get("uncommitted", 0) == uncommitted.get(key, 0), key
+        assert scope.get("open", 0) == opened.get(key, 0), key
+    assert not set(seen.holds) & set(seen.outbox)
+    assert set(seen.holds) == set(seen.leases)
+
+
+def check_versions(world: World, seen: Look, ledger: Ledger) -> None:
+    """What the till says was posted is what the book said at that version; never ahead of it."""
+    for account_id in world.account_ids:
+        scope = seen.scopes.get(account_scope_key(account_id), {})
+        version = scope.get("version")
+        if version is None:
+            assert "posted" not in scope
+            continue
+        assert version <= ledger.balances[account_id][1]
+        assert scope.get("posted") == ledger.posted_at(account_id, version)
+
+
+def check_no_steps_back(world: World, before: Look, seen: Look, ledger: Ledger) -> None:
+    """Without a loss no version goes back, and no hold is swept too early or too cheap."""
+    for key, scope in before.scopes.items():
+        assert seen.scopes.get(key, {}).get("version", 0) >= scope.get("version", 0), key
+    for name in set(before.holds) - set(seen.holds):
+        guess = _guess(world.requests[name], seen, ledger)
+        if guess is not None:
+            assert before.leases[name] + GRACE_S * 1000 <= seen.now_ms, name
+            hold = before.holds[name]
+            assert guess > 0 or hold.state == "H" or not hold.nanos, name
+
+
+def check_nothing_minted(world: World, seen: Look, ledger: Ledger) -> None:
+    """In a till that is open nobody can spend what somebody may still be charged.
+
+    available <= balance - (what requests that are not in the book may still cost)
+                 + (what the till lost and their workers did not place again yet)
+                 + (what a worker that was taken for dead may charge above the guess)
+    """
+    slack, owed = slack_and_owed(world, seen, ledger)
+    for account_id in world.account_ids:
+        purse_scopes = next(p.scopes for p in world.purses if p.account_id == account_id)
+        key = purse_scopes.scope_keys[0]
+        epoch = _epoch_of(seen, purse_scopes.epoch_key)
+        if epoch <= world.lost_epoch or seen.scope_epochs.get(key) != str(epoch):
+            continue  # closed for new holds
+        scope = seen.scopes[key]
+        available = scope["posted"] - scope.get("uncommitted", 0) - scope.get("held", 0)
+        real = ledger.balances[account_id][0] - owed.get(account_id, 0)
+        assert available <= real + slack.get(account_id, 0), account_id
+
+
+def check_no_overspend(world: World, seen: Look, ledger: Ledger) -> None:
+    """What may still be charged is there, except for what losses and sweepers' guesses explain.
+
+    balance - (what requests that are not in the book may still cost) >= 0
+                 - (what was open when the till lost something)
+                 - (what workers that were taken for dead charge, or may, above the guess)
+    """
+    slack, owed = slack_and_owed(world, seen, ledger)
+    for account_id in world.account_ids:
+        late = sum(
+            max(-row["amount_nanos"], 0)
+            for row in ledger.rows
+            if row["billing_account_id"] == account_id and row["reason"] == "adjust"
+        )
+        real = ledger.balances[account_id][0] - owed.get(account_id, 0)
+        explained = late + slack.get(account_id, 0) + world.at_risk.get(account_id, 0)
+        assert real + explained >= 0, account_id
+
+
+def slack_and_owed(
+    world: World, seen: Look, ledger: Ledger
+) -> tuple[dict[UUID, int], dict[UUID, int]]:
+    """Per account: what the till need not know, and what may still be charged."""
+    slack: dict[UUID, int] = {}
+    owed: dict[UUID, int] = {}
+    for request in world.requests.values():
+        if request.is_lost:
+            continue
+        account_id = request.purse.account_id
+        more = _above_guess(request, seen, ledger)
+        if request.uid not in ledger.receipts:
+            owed[account_id] = owed.get(account_id, 0) + request.liability
+            if request.id in world.excused and more is None:
+                more = request.liability
+        slack[account_id] = slack.get(account_id, 0) + (more or 0)
+    return slack, owed
+
+
+def _above_guess(request: Request, seen: Look, ledger: Ledger) -> int | None:
+    """What its worker may still charge above a sweeper's guess; None when nobody guessed."""
+    guess = _guess(request, seen, ledger)
+    adjusted = ledger.adjustment(request.uid)
+    version = seen.scopes.get(request.purse.scopes.scope_keys[0], {}).get("version", 0)
+    if guess is None or (adjusted is not None and version >= adjusted[0]):
+        return None
+    return max(request.liability - guess, 0)
+
+
+def _guess(request: Request, seen: Look, ledger: Ledger) -> int | None:
+    """What a sweeper put in for a request."""
+    posted = ledger.receipts.get(request.uid)
+    if posted is not None:
+        return posted[0] if posted[1] == UsageSource.CHECKPOINT else None
+    if request.id in seen.outbox and _is_guess(seen.outbox[request.id][1]):
+        return seen.outbox[request.id][0]
+    return None
+
+
+def is_represented(request: Request, seen: Look, ledger: Ledger) -> bool:
+    """Whether the till keeps back what this request may cost, or need not."""
+    if request.uid in ledger.receipts or request.is_lost:
+        return True
+    if request.id in seen.outbox:
+        price, raw = seen.outbox[request.id]
+        return _is_guess(raw) or price >= request.liability
+    hold = seen.holds.get(request.id)
+    return hold is not None and hold.nanos >= request.liability
+
+
+def check_placed_again(worker: Worker, world: World, seen: Look, ledger: Ledger) -> None:
+    """A worker that began to work with an epoch, and lost no message, has all its own in it."""
+    names = {*worker.requests, *(receipt.source_reference for receipt in worker.unposted)}
+    for name in names:
+        assert is_represented(world.requests[name], seen, ledger), name
+
+
+def check_rest(world: World, seen: Look, ledger: Ledger, charged: dict[str, set[int]]) -> None:
+    """Nothing is open and nothing waits; every request has one receipt and its right price.
+
+    charged: for each request that must have a receipt, what it may have been charged.
+    """
+    assert (seen.holds, seen.outbox, seen.leases) == ({}, {}, {})
+    for key, scope in seen.scopes.items():
+        left = {scope.get(name, 0) for name in ("held", "uncommitted", "open")}
+        assert left == {0}, key
+    totals: dict[str, int] = {}
+    sums: dict[UUID, int] = {}
+    last: dict[UUID, tuple[int, int]] = {}
+    for row in ledger.rows:
+        account_id, amount = row["billing_account_id"], row["amount_nanos"]
+        seq, before = last.get(account_id, (0, 0))
+        assert (row["seq"], row["balance_after_nanos"]) == (seq + 1, before + amount)
+        last[account_id] = (row["seq"], row["balance_after_nanos"])
+        sums[account_id] = sums.get(account_id, 0) + amount
+        if row["reason"] != "grant":
+            totals[row["reference"]] = totals.get(row["reference"], 0) - amount
+    for account_id in world.account_ids:
+        balance, version = ledger.balances[account_id]
+        assert sums[account_id] == balance
+        scope = seen.scopes[account_scope_key(account_id)]
+        assert (scope["posted"], scope["version"]) == (balance, version)
+    known = {str(world.requests[name].uid): name for name in world.requests}
+    assert set(totals) <= set(known)
+    for uid, name in known.items():
+        request = world.requests[name]
+        assert 0 <= totals.get(uid, 0) <= request.hold, name
+        if name in charged:
+            assert request.uid in ledger.receipts, name
+            assert totals.get(uid, 0) in charged[name] or not charged[name], name
+
+
+def spent(ledger: Ledger, account_id: UUID) -> int:
+    """What requests of an account cost in all."""
+    return sum(
+        -row["amount_nanos"]
+        for row in ledger.rows
+        if row["billing_account_id"] == account_id and row["reason"] != "grant"
+    )
+
+
+def _epoch_of(seen: Look, epoch_key: str) -> int:
+    raw = seen.epochs[int(epoch_key[5:7], 16)]
+    return int(raw) if raw and raw.isdigit() else 0
+
+
+def _is_guess(raw: bytes) -> bool:
+    return decode_receipt(raw).usage_source is UsageSource.CHECKPOINT
+
+
+__all__ = ["CREDIT"]
