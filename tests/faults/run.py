@@ -68,8 +68,7 @@ async def _stop_worker(world: World, plan: Plan, struck: Struck, trouble: list[s
     assert world.worker is not None
     await world.serves(STARTS_S)
     status = await world.worker.stop()
-    if status == -signal.SIGKILL and plan.kind is Kind.WORKER_POINT and not struck.kills:
-        assert plan.point is not None
+    if status == -signal.SIGKILL and plan.point is not None and not struck.died_at(plan.point):
         struck.kills.append(plan.point.name)
         struck.stop()
     elif status != 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.plan import LEASE_S, Kind, Line, Plan
+from tests.faults.points import Point
 from tests.faults.processes import Child
 from tests.faults.world import World
 from tests.support.faultproxy import FaultProxy, Mode
@@ -31,6 +32,9 @@ class Struck:
     kills: list[str] = field(default_factory=list)
     stopped_at: float = 0
     """When the worker died, stood still or lost the till for the first time; 0: it did not."""
+
+    def died_at(self, point: Point) -> bool:
+        return point.name in self.kills
 
     def stop(self) -> None:
         self.stopped_at = self.stopped_at or time.monotonic()

@@ -15,8 +15,9 @@ from tests.faults.verdict import CHECKPOINT_S, SLACK_S, Evidence, Verdict, judge
 PROMPT, WORDS = 18, 10
 FULL = price(PROMPT, WORDS)
 DIED_AT = 100.0
-# Written down for certain: of 20 words three less at two checkpoints and three other counts each.
-SENT, CERTAIN = 24, 5
+# Written down for certain: of 20 words one less at two checkpoints and three other counts each,
+# and one more for 16 of them.
+SENT, CERTAIN = 24, 14
 RECOVERED = price(PROMPT, CERTAIN)
 
 

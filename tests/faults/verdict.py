@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.relay.progress import MEETING_TOKENS
 from tests.faults.clients import Answer, Served
 from tests.faults.plan import RENEW_S, Kind, Plan
 from tests.faults.strike import Struck
@@ -27,6 +26,7 @@ NOT_FREE = 1
 WHOLE = "the client got all of it"
 RECOVERED = "worker dead: since the last checkpoint"
 ENDED = "client left, provider failed, hold used up"
+ONE_PIECE = "worker dead: an answer in one piece, about to be settled"
 STOOD_STILL = "worker stood still, then died: what it never read, too"
 CUT_OFF = "worker dead while both stores were away: since the last checkpoint before"
 UNSENT = "never reached the provider"
@@ -199,11 +199,11 @@ def _written_down(evidence: Evidence, did: Served) -> int:
     words = did.words_at(moment)
     if not words:
         return NOT_FREE
-    # A token may lie across the place where two counts meet: it is left out. They are made for
-    # each checkpoint, and where a stream asks for more hold.
+    # Tokens may lie across the place where two counts meet: one for each count and one more for 16
+    # of its own are left out. Counts are made for each checkpoint, and where a stream grows.
     first_at = next(at for at, count in did.words if count)
     meetings = int((moment - first_at) / RENEW_S) + 1 + words // WORDS_PER_COUNT
-    return price(evidence.prompt_tokens, max(words - MEETING_TOKENS * meetings, 0))
+    return price(evidence.prompt_tokens, max(words - meetings - words // 16, 0))
 
 
 def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mapping[str, Any]) -> str:
@@ -212,7 +212,9 @@ def _why(evidence: Evidence, answer: Answer, did: Served | None, receipt: Mappin
             return MARKED
         if evidence.plan.stands_still:
             return STOOD_STILL
-        return CUT_OFF if evidence.plan.needs_patience else RECOVERED
+        if evidence.plan.needs_patience:
+            return CUT_OFF
+        return RECOVERED if answer.order.stream else ONE_PIECE
     if did is None:
         return UNSENT
     is_all = receipt["outcome"] == "complete" and receipt["overrun_nanos"] == 0
