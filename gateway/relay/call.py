@@ -168,6 +168,11 @@ class Call:
         return self.arrival.request_id
 
     @property
+    def is_first_attempt(self) -> bool:
+        """Whether no provider was tried yet, so that nothing marks the hold as forwarded."""
+        return self.receipt is None or self.receipt.attempt == 1
+
+    @property
     def rates(self) -> Rates | None:
         return None if self.price is None else self.price.rates
 

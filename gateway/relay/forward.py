@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import msgspec
 
+from billing.errors import TillUnavailable
 from billing.money import read_reported_usd
 from billing.receipts import FailedAttempt, writable
 from gateway.errors import NOT_CHARGED, ApiError, upstream_error
@@ -57,7 +58,7 @@ async def forward(services: Services, call: Call, dog: Watchdog, client: Client)
     """Send the call; returns when the head of the answer is there, whatever its status.
 
     The answer is of the first route that did not fail for free, or of the last one. Raises
-    UpstreamFailed or DeadlineMissed.
+    UpstreamFailed or DeadlineMissed; TillUnavailable when the hold cannot be marked first.
     """
     while True:
         waited_s = call.upstream_wait_s
@@ -93,6 +94,9 @@ async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     # With all that is said to the till in this turn of the loop, in one write at its end.
     await services.till.forwarded_soon(call.caller.scopes, call.request_id)
+    if not services.link.is_up and call.is_first_attempt:
+        # Nobody who finds the hold would know: a sweeper would end what is forwarded for nothing.
+        raise TillUnavailable
     # crash-point: forward.marked
     call.is_sent = True
     began = time.monotonic()

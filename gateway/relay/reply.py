@@ -11,9 +11,10 @@ import time
 from decimal import Decimal
 from functools import cached_property
 
+from billing.errors import TillUnavailable
 from billing.receipts import Outcome
 from billing.settler import Settled
-from gateway.errors import NOT_CHARGED, ApiError, upstream_error
+from gateway.errors import NOT_CHARGED, ApiError, to_api_error, upstream_error
 from gateway.http1.exchange import Exchange, Header
 from gateway.providers.upstream import UpstreamFailed, UpstreamReply
 from gateway.relay.body import relay_body
@@ -93,6 +94,10 @@ class Reply:
             await self._upstream_failed(exc)
         except DeadlineMissed:
             await self._too_late()
+        except TillUnavailable as exc:
+            if self.client.head_sent:
+                raise
+            await self.fail(to_api_error(exc), Outcome.VOIDED)
 
     async def _upstream_failed(self, exc: UpstreamFailed) -> None:
         reason = "broke_off" if exc.may_have_billed else "no_connection"
