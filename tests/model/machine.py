@@ -102,13 +102,18 @@ class MoneyMachine(RuleBasedStateMachine):
             # Its admission may still be on its way; nobody forwards it, so it costs nothing.
             request.is_lost, request.hold, request.asked = True, 0, 0
         elif word == "admitted":
-            self.check_admitted(worker)
+            self.check_admitted(worker, request)
         return request
 
-    def check_admitted(self, worker: Worker) -> None:
-        """Nothing is admitted to a till that lost something, before a new epoch began there."""
+    def check_admitted(self, worker: Worker, request: Request) -> None:
+        """Nothing is admitted to a till that lost something, before a new epoch began there.
+
+        Nor before all had their time to place their holds, nor before the account was seeded.
+        """
         world, epoch = self.world, worker.till.epoch.number
         assert epoch > world.lost_epoch
+        account_key = request.purse.scopes.scope_keys[0]
+        assert self.run(world.look()).scope_epochs[account_key] == str(epoch)
         others = [other for other in world.workers if other.requests and not other.is_paused]
         assert world.has_waited or all(other.till.epoch.announced == epoch for other in others)
 
@@ -234,7 +239,6 @@ class MoneyMachine(RuleBasedStateMachine):
     @rule(pick=PICKS, does=st.sampled_from(["renew", "forward", "settle", "nothing"]))
     def meet_sweeper(self, pick: int, does: str) -> None:
         """A sweeper saw a hold that was forgotten; before it ends it the worker comes back."""
-        worker, request = self.pick_open(pick)
         self.run(self.world.pass_time(40))
         self.run(self.world.sweep(0))
         self.run(self.world.pass_time(100))
@@ -242,6 +246,8 @@ class MoneyMachine(RuleBasedStateMachine):
         self.run(self.world.sweep(0))
         self.world.network.plan.clear()
         self.before = None
+        met = [pair for pair in self.open_requests() if self.world.network.is_held_up(pair[1].id)]
+        worker, request = met[0] if met else self.pick_open(pick)
         if does == "renew":
             self.count(f"renew {self.run(worker.renew(request, 0, 3))}")
         elif does == "forward":

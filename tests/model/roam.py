@@ -12,7 +12,7 @@ from tests.model.machine import MoneyMachine
 from tests.model.wire import Fate
 
 ENDS = [Fate.OK, Fate.OK, Fate.LOST, Fate.MUTE, Fate.LATE, Fate.TWICE]
-OFTEN = {"admit_and_forward": 5, "finish": 3, "settle": 2, "deliver": 4, "renew": 2, "sweep": 2}
+OFTEN = {"admit_and_forward": 5, "admit": 3, "finish": 3, "settle": 2, "deliver": 4, "renew": 2}
 DRAWS: dict[str, Callable[[random.Random], Any]] = {
     "slot": lambda r: r.randrange(2),
     "purse": lambda r: r.randrange(3),
@@ -29,7 +29,7 @@ DRAWS: dict[str, Callable[[random.Random], Any]] = {
     "credit": lambda r: r.randint(1, 30),
     "before": lambda r: r.randrange(4),
     "steps": lambda r: r.randrange(9),
-    "does": lambda r: r.choice(["renew", "forward", "settle", "nothing"]),
+    "does": lambda r: r.choice(["renew", "forward", "forward", "settle", "nothing"]),
 }
 
 

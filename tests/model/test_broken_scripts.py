@@ -14,10 +14,8 @@ MACHINES = 400
 SCRIPTS_MACHINES = 200
 # These need more of a story before they show.
 SLOW = {
-    "admit goes by what an older epoch said",
     "a shard opens although it was emptied",
     "settle forgets the price of a hold that was lost",
-    "sweep ends a request for free that was forwarded meanwhile",
 }
 
 # Script, what is taken out of it, what stands there instead.

@@ -92,6 +92,18 @@ class Network:
         if len(self.bag) > BAG_MAX:
             self._drop(self.bag.pop(0))
 
+    def drop_closes(self) -> None:
+        """No `close` is under way for so long that the till is emptied twice meanwhile.
+
+        Holds that were placed again between the two would be missed until they are renewed.
+        """
+        self.bag = [sent for sent in self.bag if b"close" not in sent[0].packed.words]
+
+    def is_held_up(self, request_id: str) -> bool:
+        """Whether a caller waits until its call about that request arrives."""
+        waiting = (m for messages in self.bag for m in messages if m.waiter is not None)
+        return any(request_id.encode() in message.packed.words for message in waiting)
+
     def restart(self) -> None:
         """The till's server is another one: every connection broke, with what was on it."""
         self.server += 1

@@ -241,6 +241,7 @@ class World:
     async def flush(self) -> None:
         """The till is emptied; its server and the connections stay."""
         await self._begin_loss()
+        self.network.drop_closes()
         await self.stage.links[0].command(("FLUSHALL",))
 
     async def restart(self, steps: int) -> None:
