@@ -35,7 +35,7 @@ from gateway.relay.settle import (
     finish,
     wait_settled,
 )
-from gateway.relay.stream import relay_stream
+from gateway.relay.stream import LOST, relay_stream
 from gateway.relay.watchdog import DeadlineMissed, Watchdog
 from gateway.services import Services
 
@@ -112,6 +112,11 @@ class Reply:
     async def _too_late(self) -> None:
         if self.client.gone:
             self._is_cut_off = True
+            return
+        if self.call.is_taken:
+            # Not the provider's fault, and none of its failures.
+            exc = upstream_error(f"{LOST} {NOT_CHARGED}", status=503, may_have_billed=True)
+            await self.fail(exc, Outcome.UPSTREAM_FAILED)
             return
         note_failure(self.services, self.call, "timeout", "no answer in time")
         message = f"The provider did not answer in time. {NOT_CHARGED}"

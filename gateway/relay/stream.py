@@ -30,6 +30,8 @@ TURN_BYTES = 16 * 1024
 # How long and how far to read on after [DONE]; many servers send the end of the body separately.
 READ_OUT_S = 0.1
 READ_OUT_BYTES_MAX = 16 * 1024
+# What a client is told whose request a sweeper ended while its worker stood still.
+LOST = "The gateway stood still for too long and ended this request."
 STREAM_HEADERS: tuple[Header, ...] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -223,6 +225,8 @@ class _StreamRelay:
     async def _broke_off(self, exc: Exception) -> None:
         if isinstance(exc, UpstreamFailed):
             await self._end_failed(upstream_error(f"The provider failed: {exc.reason}."))
+        elif self.reply.call.is_taken:
+            await self._end_failed(upstream_error(LOST))
         else:
             message = "The provider stopped sending."
             await self._end_failed(upstream_error(message, code="upstream_timeout"))
