@@ -212,13 +212,14 @@ async def _key(book_url: str, pepper: str) -> str:
     """A key of a new account with credits that do not run out."""
     from billing import book
     from billing.money import read_credits
+    from keys.principal import Limits
     from keys.store import KeyTerms, create_key
 
     conn = await book.connect(book_url)
     try:
         account_id = await book.create_account(conn, "bench", OPEN_MAX)
         await book.grant(conn, account_id, read_credits(CREDITS), f"bench_{account_id}", "bench")
-        terms = KeyTerms(name="bench", kind="test", open_requests_max=OPEN_MAX)
+        terms = KeyTerms(name="bench", kind="test", limits=Limits(open_requests=OPEN_MAX))
         _, key = await create_key(conn, account_id, terms, pepper=pepper.encode())
     finally:
         await conn.close(timeout=5)

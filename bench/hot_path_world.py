@@ -211,8 +211,6 @@ def _known(services: Services, key: bytes) -> Caller:
         digest=sealed,
         expires_at=None,
         account_active=True,
-        account_open_max=None,
-        key_open_max=None,
     )
     caller = services.authenticator._caller(principal)
     services.authenticator._entries[sealed] = _Entry(caller, time.monotonic())

@@ -5,11 +5,13 @@ from typing import Any
 
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from billing.errors import BillingError
 from billing.figures import Figures, read
 from config.ids import id_text, new_id
+from gateway.api.policy import Policy, guard, require_policies
 from gateway.errors import ApiError, internal_error, to_api_error
 from gateway.health import failing_parts, may_read_metrics
 from gateway.metrics import CONTENT_TYPE, figures_text
@@ -22,19 +24,19 @@ __all__ = ["build_app"]
 def build_app(services: Services) -> ASGIApp:
     """The Litestar application of one worker."""
 
-    @get("/livez", media_type=MediaType.JSON, sync_to_thread=False)
+    @get("/livez", media_type=MediaType.JSON, sync_to_thread=False, policy=Policy.PUBLIC)
     def livez() -> dict[str, str]:
         """200 as long as the process answers."""
         return {"status": "ok"}
 
-    @get("/readyz", media_type=MediaType.JSON)
+    @get("/readyz", media_type=MediaType.JSON, policy=Policy.PUBLIC)
     async def readyz() -> Response[dict[str, Any]]:
         """200 when requests can be served: both stores answer and nobody is shutting us down."""
         failing = await failing_parts(services)
         status = 503 if failing else 200
         return Response({"ready": not failing, "failing": failing}, status_code=status)
 
-    @get("/metrics")
+    @get("/metrics", policy=Policy.PUBLIC)
     async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
         """Prometheus text format, for the metrics token or an operator key."""
         if not await _is_reader(services, request.headers.get("authorization", "")):
@@ -47,9 +49,18 @@ def build_app(services: Services) -> ASGIApp:
         text += figures_text(await _figures(services))
         return Response(text, media_type=CONTENT_TYPE.decode())
 
+    handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
+    require_policies(handlers)
     return Litestar(
-        route_handlers=[livez, readyz, metrics],
-        exception_handlers={ApiError: _on_error, HTTPException: _on_http, Exception: _on_crash},
+        route_handlers=handlers,
+        guards=[guard(services)],
+        exception_handlers={
+            ApiError: _on_error,
+            KeysError: _on_error,
+            BillingError: _on_error,
+            HTTPException: _on_http,
+            Exception: _on_crash,
+        },
         request_max_body_size=services.settings.limits.body_bytes_max,
         openapi_config=None,
         logging_config=None,
@@ -83,8 +94,7 @@ def _answer(exc: ApiError) -> Response[bytes]:
 
 
 def _on_error(_: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
-    assert isinstance(exc, ApiError)
-    return _answer(exc)
+    return _answer(to_api_error(exc))
 
 
 def _on_http(request: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:

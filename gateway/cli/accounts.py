@@ -178,6 +178,7 @@ def create_key(
     config: Path | None, data_dir: Path | None, as_json: bool, account: str, **rest: Any
 ) -> None:
     """Make a key. Its secret is shown now and never again."""
+    from keys.principal import Limits
     from keys.store import KeyTerms
 
     uid = read_uid(account)
@@ -189,7 +190,7 @@ def create_key(
         name=rest["name"],
         kind=mode,
         expires_at=_read_time(rest["expires_at"]),
-        open_requests_max=rest["open_requests_max"],
+        limits=Limits(open_requests=rest["open_requests_max"]),
     )
 
     async def work() -> Any:

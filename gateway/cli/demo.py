@@ -149,11 +149,14 @@ async def _make(settings: Settings, conn: Any) -> dict[str, str]:
     from billing.money import read_credits
     from config.ids import id_text
     from keys import store
+    from keys.principal import Limits
 
     pepper = settings.keys.pepper.reveal().encode()
     account_id = await book.create_account(conn, "demo", DEMO_OPEN_MAX)
     await book.grant(conn, account_id, read_credits(DEMO_CREDITS), f"demo_{account_id}", "demo")
-    terms = store.KeyTerms(name="demo", kind=settings.keys.mode, open_requests_max=DEMO_OPEN_MAX)
+    terms = store.KeyTerms(
+        name="demo", kind=settings.keys.mode, limits=Limits(open_requests=DEMO_OPEN_MAX)
+    )
     _, key = await store.create_key(conn, account_id, terms, pepper=pepper)
     operator = await store.create_operator_key(conn, "demo operator", pepper=pepper)
     return {

@@ -141,18 +141,19 @@ class Authenticator:
             del self._entries[sealed]
 
     def _caller(self, principal: Principal) -> Caller:
-        limits = self._limits
+        limits, own, key = self._limits, principal.account_limits, principal.key_limits
+        key_id = principal.app_key_id or principal.virtual_key_id
         scopes = spend_scopes(
             principal.account_id,
-            principal.app_key_id,
-            account_open_max=principal.account_open_max or limits.open_requests_per_account,
-            key_open_max=principal.key_open_max or limits.open_requests_per_key,
+            key_id,
+            account_open_max=own.open_requests or limits.open_requests_per_account,
+            key_open_max=key.open_requests or limits.open_requests_per_key,
         )
         return Caller(
             principal=principal,
             scopes=scopes,
             account_text=f"acct_{id_text(principal.account_id)}",
-            key_text=f"key_{id_text(principal.app_key_id)}",
+            key_text=f"key_{id_text(key_id)}",
         )
 
 

@@ -11,6 +11,7 @@ from billing.idempotency import claim_of
 from billing.till import spend_scopes
 from config.ids import id_text, new_id
 from gateway.cli.audit import run_audit
+from keys.principal import Limits
 from tests.support.gateway import eventually, zoo_model
 from tests.support.rawclient import Outcome, RawRequest, connect
 from tests.support.relay import Relay, Tokens, error_of, frames_of, price_by_hand, zoo
@@ -212,7 +213,7 @@ async def test_a_request_refused_for_want_of_credit_can_be_mended_and_sent_at_on
 async def test_a_request_refused_for_its_limit_leaves_the_key_to_the_next(
     relay: Relay, upstream: Upstream
 ) -> None:
-    key = await relay.key(open_requests_max=1)
+    key = await relay.key(limits=Limits(open_requests=1))
     running = asyncio.ensure_future(relay.call(key, SLOW))
     await asyncio.to_thread(upstream.wait, lambda stats: stats["requests"] == 1)
     refused = await send(relay, key, PLAIN)

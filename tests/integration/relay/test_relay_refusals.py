@@ -9,6 +9,7 @@ import pytest
 
 from billing import book
 from keys.api_key import generate
+from keys.principal import Limits
 from keys.store import revoke_key
 from tests.support.gateway import eventually, zoo_model
 from tests.support.rawclient import Outcome, RawRequest, connect
@@ -200,7 +201,7 @@ async def test_too_little_credit_says_what_is_needed_and_what_is_there(
 
 
 async def test_as_many_requests_as_a_key_may_have_open(relay: Relay) -> None:
-    key = await relay.key(open_requests_max=1)
+    key = await relay.key(limits=Limits(open_requests=1))
     slow = asyncio.create_task(relay.call(key, "slow"))
 
     async def is_open() -> bool | None:
