@@ -20,8 +20,9 @@ from billing.book import BookRefused, Pool, acquire
 from billing.errors import BookUnavailable, TillRefused, TillUnavailable
 from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, clean_texts, encode_receipt
-from billing.till import Confirmation, SpendScopes, Till
+from billing.till import Confirmation, Till
 from billing.till_epoch import AccountState
+from billing.till_scopes import SpendScopes
 from config.clock import Seconds, seconds
 
 log = logging.getLogger("billing.settle")

@@ -23,8 +23,9 @@ from billing.prices import Rates
 from billing.prices_store import find_rates
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.recover import recovered_receipt
-from billing.till import Confirmation, SpendScopes, Till, shard_prefix, spend_scopes
+from billing.till import Confirmation, Till
 from billing.till_epoch import SHARDS
+from billing.till_scopes import SpendScopes, shard_prefix, spend_scopes
 from config.clock import Seconds, utc_now
 
 log = logging.getLogger("billing.sweep")
@@ -298,4 +299,4 @@ class Sweeper:
 def scopes_of(receipt: ChargeReceipt) -> SpendScopes:
     """The scopes that a request was held on: its receipt names their owners."""
     key_id = receipt.app_key_id or receipt.virtual_key_id
-    return spend_scopes(receipt.billing_account_id, key_id, account_open_max=0, key_open_max=0)
+    return spend_scopes(receipt.billing_account_id, key_id)

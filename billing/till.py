@@ -11,7 +11,6 @@ import time
 from importlib import resources
 from typing import Any, NoReturn
 from uuid import UUID
-from zlib import crc32
 
 import msgspec
 
@@ -28,11 +27,11 @@ from billing.errors import (
 from billing.money import NANOS_MAX
 from billing.receipts import ChargeReceipt, encode_receipt
 from billing.single_flight import SingleFlight
-from billing.till_epoch import SHARDS, AccountState, TillBook, TillEpoch
+from billing.till_epoch import AccountState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
-from billing.till_wire import Packed, Renewal, ScopesWire, words
+from billing.till_scopes import SpendScopes, account_scope_key, shard_prefix
+from billing.till_wire import Packed, Renewal, words
 from config.clock import Seconds
-from config.ids import id_text
 
 log = logging.getLogger("billing.till")
 # A refusal for want of credit asks the book first, but not more often than this for an account.
@@ -64,64 +63,6 @@ class Scripts:
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
-
-
-class SpendScopes(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a principal spends from, as the keys and arguments that the scripts want.
-
-    Made once for each principal. Scope 1 is the account, scope 2 the key (open requests only).
-    """
-
-    account_id: UUID
-    epoch_key: str
-    outbox_key: str
-    leases_key: str
-    hold_prefix: str
-    scope_keys: tuple[str, ...]
-    kinds: tuple[str, ...]
-    open_max: tuple[int, ...]
-    wire: ScopesWire
-
-
-def shard_prefix(account_id: UUID) -> str:
-    """`fb:{sNN}:`; the braces put all keys of an account into one cluster slot."""
-    return f"fb:{{s{crc32(id_text(account_id).encode()) % SHARDS:02x}}}:"
-
-
-def account_scope_key(account_id: UUID) -> str:
-    return f"{shard_prefix(account_id)}a:{id_text(account_id)}"
-
-
-def key_scope_key(account_id: UUID, key_id: UUID) -> str:
-    return f"{shard_prefix(account_id)}k:{id_text(key_id)}"
-
-
-def spend_scopes(
-    account_id: UUID, key_id: UUID, *, account_open_max: int, key_open_max: int
-) -> SpendScopes:
-    """The scopes of one key of one account; 0 open requests at most means no limit."""
-    prefix = shard_prefix(account_id)
-    epoch_key, outbox_key, leases_key = f"{prefix}epoch", f"{prefix}outbox", f"{prefix}leases"
-    scope_keys = (account_scope_key(account_id), key_scope_key(account_id, key_id))
-    kinds, open_max = ("A", "K"), (account_open_max, key_open_max)
-    limits = [part for kind, most in zip(kinds, open_max, strict=True) for part in (kind, most, 0)]
-    return SpendScopes(
-        account_id=account_id,
-        epoch_key=epoch_key,
-        outbox_key=outbox_key,
-        leases_key=leases_key,
-        hold_prefix=f"{prefix}h:",
-        scope_keys=scope_keys,
-        kinds=kinds,
-        open_max=open_max,
-        wire=ScopesWire(
-            shard_keys=(epoch_key, outbox_key, leases_key),
-            hold_prefix=f"{prefix}h:",
-            scope_keys=scope_keys,
-            kinds=kinds,
-            limits=limits,
-        ),
-    )
 
 
 class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
@@ -380,7 +321,7 @@ def _refuse(status: str, scopes: SpendScopes, index: int, needed: int, nanos: in
         raise InsufficientCredit(needed_nanos=needed, available_nanos=nanos)
     if status == "busy":
         scope = "account" if index == 1 else "key"
-        raise TooManyOpenRequests(scope=scope, limit=scopes.open_max[index - 1])
+        raise TooManyOpenRequests(scope=scope, limit=scopes.limits[index - 1].open_requests)
     if status == "frozen":
         raise AccountFrozen
     if status == "revoked":

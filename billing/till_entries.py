@@ -13,7 +13,7 @@ import msgspec
 
 from billing.money import NANOS_MAX
 from billing.receipts import ChargeReceipt, decode_receipt
-from billing.till import shard_prefix
+from billing.till_scopes import shard_prefix
 from config.ids import read_id
 
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,15}")

@@ -19,10 +19,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from billing.errors import TillRefused, TillUnavailable
-from billing.till import Scripts, account_scope_key, key_scope_key, shard_prefix
+from billing.till import Scripts
 from billing.till_entries import Look, Parser, Scope, Shard
 from billing.till_epoch import AccountState
 from billing.till_link import NOT_NOW
+from billing.till_scopes import account_scope_key, key_scope_key, shard_prefix
 from config.clock import Seconds, seconds
 from config.ids import id_text
 

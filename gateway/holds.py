@@ -145,7 +145,7 @@ class HoldKeeper:
             draft=encode_receipt(call.receipt),
             is_new=is_new,
         )
-        return self._till.renew(call.caller.scopes, renewal)
+        return self._till.renew(call.scopes, renewal)
 
     async def _look_for(self, reply: "Reply") -> None:
         """The till does not have this hold: it lost it, or somebody took us for dead."""

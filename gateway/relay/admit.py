@@ -54,7 +54,7 @@ async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
     # crash-point: admit.begin
     call.is_open = True
     try:
-        await services.till.admit(call.caller.scopes, call.request_id, call.hold_nanos, draft)
+        await services.till.admit(call.scopes, call.request_id, call.hold_nanos, draft)
     except InsufficientCredit as exc:
         call.is_open = False
         await _fit(services, call, exc.available_nanos, tries)

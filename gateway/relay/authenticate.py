@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from billing.errors import AccountFrozen
-from billing.till import spend_scopes
+from billing.till_scopes import ScopeLimits, spend_scopes
 from config.ids import id_text
 from config.settings import Settings
 from gateway.relay.call import Caller
@@ -146,8 +146,8 @@ class Authenticator:
         scopes = spend_scopes(
             principal.account_id,
             key_id,
-            account_open_max=own.open_requests or limits.open_requests_per_account,
-            key_open_max=key.open_requests or limits.open_requests_per_key,
+            account=ScopeLimits(own.open_requests or limits.open_requests_per_account),
+            key=ScopeLimits(key.open_requests or limits.open_requests_per_key),
         )
         return Caller(
             principal=principal,

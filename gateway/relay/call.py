@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from billing.prices import PriceVersion, Rates
 from billing.receipts import ChargeReceipt, FailedAttempt, Outcome, Provenance
-from billing.till import SpendScopes
+from billing.till_scopes import SpendScopes
 from config.ids import id_text, new_id
 from gateway.protocols.facts import CallFacts
 from gateway.providers.upstream import Upstream
@@ -119,6 +119,7 @@ class Call:
         "price",
         "receipt",
         "route",
+        "scopes",
         "upstream_request_id",
         "upstream_wait_s",
         "wanted_nanos",
@@ -134,6 +135,8 @@ class Call:
     ) -> None:
         self.arrival = arrival
         self.caller = caller
+        self.scopes = caller.scopes
+        """What it spends from, to its end, whatever window of a budget begins meanwhile."""
         self.facts = facts
         self.model = model
         self.route = model.routes[0]

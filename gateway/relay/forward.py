@@ -93,7 +93,7 @@ async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
     # crash-point: forward.unmarked
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
     # With all that is said to the till in this turn of the loop, in one write at its end.
-    await services.till.forwarded_soon(call.caller.scopes, call.request_id)
+    await services.till.forwarded_soon(call.scopes, call.request_id)
     if not services.link.is_up and call.is_first_attempt:
         # Nobody who finds the hold would know: a sweeper would end what is forwarded for nothing.
         raise TillUnavailable

@@ -152,7 +152,7 @@ class Growth:
     async def _has_news(self) -> bool:
         """Whether the book was asked if a refusal still holds, and the till told of it."""
         try:
-            return await self._reply.services.till.refresh(self._call.caller.scopes.account_id)
+            return await self._reply.services.till.refresh(self._call.scopes.account_id)
         except BillingError:
             return False  # the till left in between: its refusal stands until it is asked again
 
@@ -218,7 +218,7 @@ async def ask(till: Till, call: Call, wanted_nanos: int) -> int | None:
         hold_nanos=max(wanted_nanos, call.hold_nanos),
         is_forwarded=call.is_sent,
     )
-    scopes = call.caller.scopes
+    scopes = call.scopes
     try:
         status, held, available = await till.renew(scopes, renewal)
         if status == b"wait" and till.epoch.is_known:

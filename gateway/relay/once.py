@@ -31,7 +31,8 @@ from billing.idempotency import (
     claim_request,
     release_claim,
 )
-from billing.till import SpendScopes, Till
+from billing.till import Till
+from billing.till_scopes import SpendScopes
 from config.clock import Seconds
 from config.ids import id_text
 from gateway.errors import invalid, unavailable

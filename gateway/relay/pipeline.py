@@ -61,7 +61,7 @@ async def _admit_once(services: Services, call: Call, claim: Claim) -> None:
     """Admit the request that has its Idempotency-Key to itself, or leave the key to others."""
     began = time.monotonic()
     try:
-        await services.claims.take(call.caller.scopes, claim)
+        await services.claims.take(call.scopes, claim)
         # crash-point: claim.taken
         await admit(services, call)
         if time.monotonic() - began > ADMITTED_WITHIN_S:

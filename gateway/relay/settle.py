@@ -112,7 +112,7 @@ def end_call(services: Services, call: Call, outcome: Outcome, bill: Bill, seen:
     receipt.price_nanos = charge.price_nanos
     receipt.overrun_nanos = charge.overrun_nanos
     receipt.cost_source = charge.cost_source
-    settled = services.settler.submit(call.caller.scopes, call.request_id, receipt)
+    settled = services.settler.submit(call.scopes, call.request_id, receipt)
     call.is_open = False
     seen.release()
     return settled

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from billing.audit import audit
 from billing.audit_report import Report
-from billing.till import account_scope_key, shard_prefix
 from billing.till_scan import open_till
+from billing.till_scopes import account_scope_key, shard_prefix
 from config.ids import id_text
 from gateway.supervisor import READY
 from tests.faults.clients import Answer, send, send_all, served

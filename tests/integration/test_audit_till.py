@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from billing import book, till_scan
 from billing.audit import Invariant, Report
 from billing.errors import AccountFrozen, KeyRevoked, TillUnavailable
-from billing.till import account_scope_key, shard_prefix
 from billing.till_epoch import AccountState
+from billing.till_scopes import account_scope_key, shard_prefix
 from config.ids import new_id
 from gateway.cli.audit import audit as audit_command
 from gateway.cli.audit import run_audit

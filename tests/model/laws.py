@@ -3,7 +3,7 @@
 from uuid import UUID
 
 from billing.receipts import decode_receipt
-from billing.till import account_scope_key
+from billing.till_scopes import account_scope_key
 from billing.usage import UsageSource
 from tests.model.people import Request, Worker
 from tests.model.seen import Look

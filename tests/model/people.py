@@ -19,7 +19,8 @@ from billing.posting import post_receipts
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.settler import Settler
-from billing.till import Scripts, SpendScopes, Till, spend_scopes
+from billing.till import Scripts, Till
+from billing.till_scopes import SpendScopes, spend_scopes
 from billing.till_wire import Renewal
 from config.ids import id_text
 from tests.model.wire import WireLink
@@ -39,7 +40,7 @@ class Purse(msgspec.Struct, frozen=True):
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.account_id, self.key_id, account_open_max=0, key_open_max=0)
+        return spend_scopes(self.account_id, self.key_id)
 
 
 class Request(msgspec.Struct, eq=False):

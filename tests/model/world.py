@@ -24,8 +24,9 @@ from billing.fleet import PoolBook, say_alive, say_gone
 from billing.prices import Rates
 from billing.prices_store import sync_config_prices
 from billing.sweep import Sweeper
-from billing.till import Scripts, Till, shard_prefix
+from billing.till import Scripts, Till
 from billing.till_epoch import AccountState
+from billing.till_scopes import shard_prefix
 from config.ids import new_id
 from tests.model.people import Purse, Request, Worker, new_request
 from tests.model.seen import PASS_TIME, Look, look, put_back

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from billing.audit import Invariant
 from billing.receipts import ChargeReceipt, encode_receipt
-from billing.till import account_scope_key, key_scope_key, shard_prefix
+from billing.till_scopes import account_scope_key, key_scope_key, shard_prefix
 from config.ids import id_text, new_id
 from tests.support.audit_world import World
 

@@ -22,8 +22,9 @@ from billing.prices_store import load_prices, sync_config_prices
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.settler import Settler
 from billing.sweep import Sweeper
-from billing.till import Scripts, SpendScopes, Till, spend_scopes
+from billing.till import Scripts, Till
 from billing.till_link import TillLink
+from billing.till_scopes import SpendScopes, spend_scopes
 from billing.usage import Usage, UsageSource
 from config.ids import id_text, new_id
 from keys.store import KeyTerms, create_key, revoke_key
@@ -60,7 +61,7 @@ class Customer(msgspec.Struct):
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.account_id, self.app_key_id, account_open_max=0, key_open_max=0)
+        return spend_scopes(self.account_id, self.app_key_id)
 
     def receipt(self, model: str = "plain", version: int | None = 1, **other: Any) -> ChargeReceipt:
         """A receipt priced by the real code."""

@@ -13,7 +13,7 @@ from billing import book
 from billing.book import Pool
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance
-from billing.till import SpendScopes, spend_scopes
+from billing.till_scopes import SpendScopes, spend_scopes
 from config.ids import id_text, new_id
 from keys.store import KeyTerms, create_key
 
@@ -30,7 +30,7 @@ class Account(msgspec.Struct, frozen=True):
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.id, self.app_key_id, account_open_max=0, key_open_max=0)
+        return spend_scopes(self.id, self.app_key_id)
 
     def receipt(self, price: int = 0, **fields: Any) -> ChargeReceipt:
         """A receipt that every constraint accepts."""

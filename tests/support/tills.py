@@ -16,18 +16,17 @@ import redis.asyncio
 from billing.errors import AccountUnknown, BookUnavailable
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
-from billing.till import (
-    Confirmation,
-    Scripts,
+from billing.till import Confirmation, Scripts, Till
+from billing.till_epoch import AccountState, Epoch, TillBook
+from billing.till_link import Script, TillLink
+from billing.till_scopes import (
+    ScopeLimits,
     SpendScopes,
-    Till,
     account_scope_key,
     key_scope_key,
     shard_prefix,
     spend_scopes,
 )
-from billing.till_epoch import AccountState, Epoch, TillBook
-from billing.till_link import Script, TillLink
 from config.ids import id_text, new_id
 
 SCRIPTS = Scripts()
@@ -50,7 +49,7 @@ class Said:
         """A new account with a key, and that much credit in the book."""
         account_id = new_id()
         self.put(account_id, nanos, 1)
-        return spend_scopes(account_id, new_id(), account_open_max=0, key_open_max=0)
+        return spend_scopes(account_id, new_id())
 
     def put(
         self, account_id: UUID, nanos: int, version: int, status: str = "active"
@@ -235,7 +234,9 @@ def make_receipt(
 
 def limited(scopes: SpendScopes, *, account: int = 0, key: int = 0) -> SpendScopes:
     """A new key of the same account, with limits of open requests."""
-    return spend_scopes(scopes.account_id, new_id(), account_open_max=account, key_open_max=key)
+    return spend_scopes(
+        scopes.account_id, new_id(), account=ScopeLimits(account), key=ScopeLimits(key)
+    )
 
 
 async def admit(till: Till, scopes: SpendScopes, nanos: int, request_id: str = "") -> str:

@@ -314,7 +314,8 @@ async def test_limits_of_the_key_and_account_win_over_the_general_ones(book_url:
         await door.pool.execute("UPDATE billing_accounts SET open_requests_max = 3")
         await door.pool.execute("UPDATE app_api_keys SET open_requests_max = 2")
 
-        assert (await door.enter(account.secret)).scopes.open_max == (3, 2)
+        limits = (await door.enter(account.secret)).scopes.limits
+        assert [limit.open_requests for limit in limits] == [3, 2]
 
 
 async def test_a_key_is_kept_as_a_digest_only(book_url: str) -> None:

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from billing.idempotency import claim_of
-from billing.till import spend_scopes
+from billing.till_scopes import spend_scopes
 from config.ids import id_text, new_id
 from gateway.cli.audit import run_audit
 from keys.principal import Limits
@@ -285,7 +285,7 @@ async def test_a_claim_that_the_till_still_knows_is_never_taken_over(
     account_id = relay.account_of(key)
     query = "SELECT id FROM app_api_keys WHERE billing_account_id = $1"
     app_key_id = await relay.gateway.pool.fetchval(query, account_id)
-    scopes = spend_scopes(account_id, app_key_id, account_open_max=0, key_open_max=0)
+    scopes = spend_scopes(account_id, app_key_id)
     till, dead = relay.services.till, id_text(dead_id)
     await till.admit(scopes, dead, 1000, b"{}")
     while_held = await relay.send(request)

@@ -14,7 +14,7 @@ from billing.errors import (
     TillUnavailable,
     TooManyOpenRequests,
 )
-from billing.till import spend_scopes
+from billing.till_scopes import spend_scopes
 from tests.support.tills import (
     Said,
     admit,
@@ -145,7 +145,7 @@ async def test_who_cannot_pay_is_told_so_even_when_busy(till_url: str) -> None:
 
 async def test_an_unknown_account_is_no_account(till_url: str) -> None:
     said = Said()
-    scopes = spend_scopes(uuid4(), uuid4(), account_open_max=0, key_open_max=0)
+    scopes = spend_scopes(uuid4(), uuid4())
     async with running_till(till_url, said) as till:
         with pytest.raises(AccountUnknown):
             await admit(till, scopes, 1)

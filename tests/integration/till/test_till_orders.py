@@ -10,8 +10,9 @@ import pytest
 import redis.asyncio
 
 from billing.errors import InsufficientCredit, TillRefused
-from billing.till import SpendScopes, Till, spend_scopes
+from billing.till import Till
 from billing.till_epoch import AccountState
+from billing.till_scopes import SpendScopes, spend_scopes
 from config.ids import id_text, new_id
 from tests.support.tills import (
     InTill,
@@ -130,7 +131,7 @@ class Machine:
         self.said = said
         first = said.account(5000)
         self.account_id: UUID = first.account_id
-        second = spend_scopes(self.account_id, new_id(), account_open_max=0, key_open_max=0)
+        second = spend_scopes(self.account_id, new_id())
         self.keys: list[SpendScopes] = [first, second]
         self.balance, self.version = 5000, 1
         self.posted, self.seen_version = 5000, 1

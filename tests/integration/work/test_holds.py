@@ -11,7 +11,7 @@ import redis.asyncio
 from billing.book import acquire
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.sweep import Sweeper
-from billing.till import shard_prefix
+from billing.till_scopes import shard_prefix
 from billing.tokens import count_tokens
 from gateway.relay.reply import Reply
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway, zoo_model

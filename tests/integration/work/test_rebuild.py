@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from billing import till_rebuild
-from billing.till import account_scope_key
 from billing.till_rebuild import RebuildRefused
+from billing.till_scopes import account_scope_key
 from gateway.cli.audit import run_audit
 from tests.support.audit_world import client_of, explain
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway, zoo_model

@@ -6,12 +6,13 @@ from uuid import uuid4
 import pytest
 
 from billing.errors import TillUnavailable
-from billing.till import Scripts, Till, spend_scopes
+from billing.till import Scripts, Till
 from billing.till_link import TillLink, _Connection
+from billing.till_scopes import spend_scopes
 from tests.support.tills import Said
 
 SCRIPTS = Scripts()
-SCOPES = spend_scopes(uuid4(), uuid4(), account_open_max=0, key_open_max=0)
+SCOPES = spend_scopes(uuid4(), uuid4())
 
 
 class Wire:

@@ -6,11 +6,11 @@ import hiredis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.till import spend_scopes
+from billing.till_scopes import ScopeLimits, spend_scopes
 from billing.till_wire import Packed, words
 from config.ids import id_text
 
-SCOPES = spend_scopes(uuid4(), uuid4(), account_open_max=200, key_open_max=50)
+SCOPES = spend_scopes(uuid4(), uuid4(), account=ScopeLimits(200), key=ScopeLimits(50))
 NAMES = st.text(st.characters(codec="ascii"), max_size=40) | st.uuids().map(id_text)
 NANOS = st.integers(0, 2**53 - 1)
 
