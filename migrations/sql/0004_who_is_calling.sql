@@ -4,7 +4,10 @@
 ALTER TABLE billing_accounts
     -- Per minute; NULL: what the settings say.
     ADD COLUMN requests_per_minute integer CHECK (requests_per_minute > 0),
-    ADD COLUMN tokens_per_minute integer CHECK (tokens_per_minute > 0);
+    ADD COLUMN tokens_per_minute integer CHECK (tokens_per_minute > 0),
+    -- Why an operator froze or thawed it, and when.
+    ADD COLUMN status_reason text NOT NULL DEFAULT '' CHECK (length(status_reason) <= 500),
+    ADD COLUMN status_changed_at timestamptz;
 CREATE UNIQUE INDEX billing_accounts_one_system_tenant
     ON billing_accounts (is_system_tenant) WHERE is_system_tenant;
 
