@@ -36,7 +36,23 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
 
 def generate(kind: Kind) -> NewKey:
     """A new key of 190 random bits."""
-    body = "".join(secrets.choice(BASE62) for _ in range(SECRET_CHARS))
+    return _key(kind, "".join(secrets.choice(BASE62) for _ in range(SECRET_CHARS)))
+
+
+def derive(kind: Kind, seed: bytes) -> NewKey:
+    """The key that always belongs to these 32 unguessable bytes.
+
+    256 bits are many more than the 190.5 of the characters: no character is likelier than another.
+    """
+    assert len(seed) == 32
+    value, characters = int.from_bytes(seed), []
+    for _ in range(SECRET_CHARS):
+        value, digit = divmod(value, 62)
+        characters.append(BASE62[digit])
+    return _key(kind, "".join(characters))
+
+
+def _key(kind: Kind, body: str) -> NewKey:
     start = f"fb_{kind}_{body}"
     secret = start + checksum(start.encode())
     return NewKey(secret=secret, prefix=f"fb_{kind}_{body[:4]}", last4=secret[-4:])

@@ -1,5 +1,7 @@
 """Why a caller is not let in. The edge maps these to HTTP."""
 
+from datetime import datetime
+
 
 class KeysError(Exception):
     """Something is wrong with a credential."""
@@ -30,3 +32,27 @@ class KeysUnavailable(KeysError):
 
 class KeyNotFound(KeysError):
     """No such key."""
+
+
+class KeyRevoked(KeysError):
+    """That key was revoked, for good. Make a new one."""
+
+
+class TooManyKeys(KeysError):
+    """The account has as many keys as it may have."""
+
+    def __init__(self, *, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+
+class RotationInProgress(KeysError):
+    """The key is being rotated: its old secret still works."""
+
+    def __init__(self, *, ends_at: datetime) -> None:
+        super().__init__()
+        self.ends_at = ends_at
+
+
+class RotationMismatch(KeysError):
+    """The Idempotency-Key was used for a rotation with another overlap."""

@@ -1,4 +1,5 @@
-"""API keys in Postgres. Every query that acts for a tenant carries its account.
+"""Who is behind a credential, and new credentials, in Postgres. What is done with keys that exist
+stands in keys_store.py. Every query that acts for a tenant carries its account.
 
 Failure: KeysUnavailable when Postgres does not answer in time.
 """
@@ -21,20 +22,6 @@ Pool = asyncpg.Pool
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 
 
-class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be shown of a key."""
-
-    id: UUID
-    billing_account_id: UUID
-    name: str
-    prefix: str
-    last4: str
-    status: str
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-
-
 class KeyTerms(msgspec.Struct, frozen=True, kw_only=True):
     """What a new key may do."""
 
@@ -52,7 +39,8 @@ ACQUIRE_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def translated() -> AsyncIterator[None]:
+    """Turn what asyncpg raises into KeysUnavailable."""
     try:
         yield
     except (
@@ -90,7 +78,7 @@ WHERE k.status = 'active' AND (
 async def find_principals(pool: Pool, digests: Sequence[bytes]) -> list[Principal]:
     """The principals of active keys with one of these digests, also from before a rotation."""
     # pool.fetch() would wait for a free connection for ever.
-    async with _translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+    async with translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
         rows = await conn.fetch(SELECT_PRINCIPALS, list(digests))
     return [_principal(row) for row in rows]
 
@@ -134,10 +122,16 @@ WHERE digest = ANY ($1::bytea[])
 """
 
 
+async def find_operator(pool: Pool, digests: Sequence[bytes]) -> UUID | None:
+    """The valid operator key with one of these digests."""
+    async with translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+        found: UUID | None = await conn.fetchval(SELECT_OPERATOR, list(digests))
+    return found
+
+
 async def is_operator(pool: Pool, digests: Sequence[bytes]) -> bool:
     """True when one of these digests is that of a valid operator key."""
-    async with _translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
-        return await conn.fetchval(SELECT_OPERATOR, list(digests)) is not None
+    return await find_operator(pool, digests) is not None
 
 
 INSERT_VIRTUAL_KEY = """
@@ -176,7 +170,7 @@ async def create_key(
         terms.ip_allow,
     )
     budget = (terms.budget.nanos, terms.budget.window) if terms.budget else (None, None)
-    async with _translated():
+    async with translated():
         try:
             async with conn.transaction():
                 await conn.execute(INSERT_VIRTUAL_KEY, virtual_key_id, account_id, *budget)
@@ -187,54 +181,23 @@ async def create_key(
 
 
 INSERT_OPERATOR_KEY = """
-INSERT INTO operator_keys (id, name, last4, digest)
-VALUES ($1, $2, $3, $4)
+INSERT INTO operator_keys (id, name, last4, digest, expires_at)
+VALUES ($1, $2, $3, $4, $5)
 """
+
+
+async def create_operator(
+    conn: Connection, name: str, *, pepper: bytes, expires_at: datetime | None = None
+) -> tuple[UUID, NewKey]:
+    """A new operator credential: it can operate and never infer."""
+    key_id, new = new_id(), generate("op")
+    sealed = digest(new.secret.encode(), pepper)
+    async with translated():
+        await conn.execute(INSERT_OPERATOR_KEY, key_id, name, new.last4, sealed, expires_at)
+    return key_id, new
 
 
 async def create_operator_key(conn: Connection, name: str, *, pepper: bytes) -> NewKey:
-    """A new operator credential: it can operate and never infer."""
-    new = generate("op")
-    sealed = digest(new.secret.encode(), pepper)
-    async with _translated():
-        await conn.execute(INSERT_OPERATOR_KEY, new_id(), name, new.last4, sealed)
+    """The same without its id."""
+    _, new = await create_operator(conn, name, pepper=pepper)
     return new
-
-
-SELECT_KEYS = """
-SELECT
-    id, billing_account_id, name, prefix, last4, status, created_at, expires_at, revoked_at
-FROM app_api_keys
-WHERE $1::uuid IS NULL OR billing_account_id = $1
-ORDER BY id
-LIMIT $2
-"""
-
-
-async def list_keys(conn: Connection, account_id: UUID | None, limit: int) -> list[KeyRecord]:
-    """Keys of one account, or (operators only) of all, oldest first."""
-    async with _translated():
-        rows = await conn.fetch(SELECT_KEYS, account_id, limit)
-    return [_record(row) for row in rows]
-
-
-REVOKE_KEY = """
-UPDATE app_api_keys
-SET status = 'revoked', revoked_at = coalesce(revoked_at, now())
-WHERE id = $1
-RETURNING
-    id, billing_account_id, name, prefix, last4, status, created_at, expires_at, revoked_at
-"""
-
-
-async def revoke_key(conn: Connection, key_id: UUID) -> KeyRecord:
-    """Revoke a key for good; again changes nothing. Raises KeyNotFound."""
-    async with _translated():
-        row = await conn.fetchrow(REVOKE_KEY, key_id)
-    if row is None:
-        raise KeyNotFound
-    return _record(row)
-
-
-def _record(row: Any) -> KeyRecord:
-    return KeyRecord(**dict(row))

@@ -27,7 +27,8 @@ from billing.till_link import TillLink
 from billing.till_scopes import SpendScopes, spend_scopes
 from billing.usage import Usage, UsageSource
 from config.ids import id_text, new_id
-from keys.store import KeyTerms, create_key, revoke_key
+from keys.keys_store import revoke_any_key
+from keys.store import KeyTerms, create_key
 from migrations.runner import migrate
 
 SOUND, LOOSE = "audit_sound", "audit_loose"
@@ -296,7 +297,7 @@ async def build(postgres_url: str, valkey_url: str) -> World:
                 conn, customer.account_id, 7, f"again {next(_numbers)}", "after"
             )
             await till_scan.tell_account(till_url, state, 1)
-    await revoke_key(conn, customers[2].app_key_id)
+    await revoke_any_key(conn, customers[2].app_key_id)
     await conn.close()
     first = customers[0]
     # However slow this run is, the entry that waits in the outbox must not grow old.

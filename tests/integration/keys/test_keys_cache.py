@@ -24,7 +24,8 @@ from gateway.supervise import Tasks
 from keys import store
 from keys.api_key import digest, generate
 from keys.errors import KeyExpired, KeyInvalid, KeyNotFound, KeysUnavailable
-from keys.store import KeyTerms, create_key, list_keys, revoke_key
+from keys.keys_store import list_keys, revoke_any_key
+from keys.store import KeyTerms, create_key
 from tests.support.books import PEPPER, make_account, open_pool
 from tests.support.faultproxy import Mode, running_proxy
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
@@ -136,7 +137,7 @@ async def test_a_revoked_key_is_out_when_its_answer_is_old(book_url: str) -> Non
         account = await make_account(door.pool)
         await door.enter(account.secret)
         async with book.acquire(door.pool) as conn:
-            await revoke_key(conn, account.app_key_id)
+            await revoke_any_key(conn, account.app_key_id)
         revoked_at = time.monotonic()
 
         async def refused() -> bool | None:
@@ -324,10 +325,10 @@ async def test_a_key_is_kept_as_a_digest_only(book_url: str) -> None:
         async with book.acquire(pool) as conn:
             await store.create_operator_key(conn, "op", pepper=PEPPER)
             records = await list_keys(conn, account.id, 10)
-            first = await revoke_key(conn, account.app_key_id)
-            again = await revoke_key(conn, account.app_key_id)
+            first = await revoke_any_key(conn, account.app_key_id)
+            again = await revoke_any_key(conn, account.app_key_id)
             with pytest.raises(KeyNotFound):
-                await revoke_key(conn, new_id())
+                await revoke_any_key(conn, new_id())
             with pytest.raises(KeyNotFound):
                 await create_key(conn, new_id(), KeyTerms(name="x"), pepper=PEPPER)
         for table in ("app_api_keys", "operator_keys", "virtual_keys"):
@@ -388,7 +389,7 @@ async def revoke(gateway: Gateway, key: str, told: str, till_url: str) -> None:
     assert row is not None
     if told != "till":
         async with book.acquire(gateway.pool) as conn:
-            await revoke_key(conn, row["id"])
+            await revoke_any_key(conn, row["id"])
     if told != "book":
         await till_scan.set_key_status(till_url, row["billing_account_id"], row["id"], "revoked")
     assert id_text(row["id"])
