@@ -97,19 +97,3 @@ async def find_account(conn: Connection, account_id: UUID) -> dict[str, Any] | N
     async with translated():
         row = await conn.fetchrow(SELECT_ACCOUNT_OVERVIEW, account_id)
     return None if row is None else dict(row)
-
-
-SELECT_ACCOUNTS = """
-SELECT a.id, u.label, a.status, a.balance_nanos, a.created_at
-FROM billing_accounts AS a
-JOIN users AS u ON u.id = a.owner_user_id
-ORDER BY a.id
-LIMIT $1
-"""
-
-
-async def list_accounts(conn: Connection, limit: int) -> list[dict[str, Any]]:
-    """Accounts, oldest first."""
-    async with translated():
-        rows = await conn.fetch(SELECT_ACCOUNTS, limit)
-    return [dict(row) for row in rows]

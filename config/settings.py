@@ -90,6 +90,7 @@ class Keys(Table, frozen=True, kw_only=True):
     pepper_previous: Secret = Secret()
     cache_ttl_ms: Milliseconds = 4000
     cache_entries_max: Positive = 100_000
+    per_account_max: Positive = 1000
 
 
 class Billing(Table, frozen=True, kw_only=True):

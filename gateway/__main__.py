@@ -2,7 +2,19 @@
 
 import click
 
-from gateway.cli import accounts, audit, bench, demo, receipts, serve, settings, till, work
+from gateway.cli import (
+    accounts,
+    audit,
+    bench,
+    demo,
+    keys,
+    operators,
+    receipts,
+    serve,
+    settings,
+    till,
+    work,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,7 +31,8 @@ main.add_command(settings.check)
 main.add_command(settings.config)
 main.add_command(accounts.accounts)
 main.add_command(accounts.credits)
-main.add_command(accounts.keys)
+main.add_command(keys.keys)
+main.add_command(operators.operators)
 main.add_command(receipts.receipts)
 main.add_command(audit.audit)
 main.add_command(till.till)

@@ -1,18 +1,18 @@
 """The control plane: everything that is not the hot path. Litestar, with our error envelope."""
 
-import logging
 from typing import Any
 
 from litestar import Litestar, MediaType, Request, Response, get
-from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from billing.errors import BillingError
 from billing.figures import Figures, read
-from config.ids import id_text, new_id
+from gateway.api import account, keys, operator_accounts, operator_keys
+from gateway.api.body import BODY_BYTES_MAX
 from gateway.api.policy import Policy, guard, require_policies
-from gateway.errors import ApiError, internal_error, to_api_error
+from gateway.api.refusals import exception_handlers, stamp
+from gateway.errors import ApiError, to_api_error
 from gateway.health import failing_parts, may_read_metrics
 from gateway.metrics import CONTENT_TYPE, figures_text
 from gateway.services import Services
@@ -50,18 +50,15 @@ def build_app(services: Services) -> ASGIApp:
         return Response(text, media_type=CONTENT_TYPE.decode())
 
     handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
+    for resource in (keys, account, operator_accounts, operator_keys):
+        handlers += resource.handlers(services)
     require_policies(handlers)
     return Litestar(
         route_handlers=handlers,
         guards=[guard(services)],
-        exception_handlers={
-            ApiError: _on_error,
-            KeysError: _on_error,
-            BillingError: _on_error,
-            HTTPException: _on_http,
-            Exception: _on_crash,
-        },
-        request_max_body_size=services.settings.limits.body_bytes_max,
+        exception_handlers=exception_handlers(),
+        before_send=[stamp],
+        request_max_body_size=BODY_BYTES_MAX,
         openapi_config=None,
         logging_config=None,
     )
@@ -80,35 +77,3 @@ async def _figures(services: Services) -> tuple[Figures, int] | None:
         return await read(services.link)
     except BillingError:
         return None
-
-
-def _answer(exc: ApiError) -> Response[bytes]:
-    request_id = f"req_{id_text(new_id())}"
-    headers = {name.decode(): value.decode() for name, value in exc.headers}
-    return Response(
-        exc.body(request_id),
-        status_code=exc.status,
-        media_type=MediaType.JSON,
-        headers={**headers, "x-request-id": request_id},
-    )
-
-
-def _on_error(_: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
-    return _answer(to_api_error(exc))
-
-
-def _on_http(request: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
-    """Litestar's own refusals: its default body is invisible in every SDK."""
-    assert isinstance(exc, HTTPException)
-    if isinstance(exc, NotFoundException):
-        message = f"There is no {request.method} {request.url.path[:200]}."
-        return _answer(ApiError(404, "unknown_url", message))
-    if isinstance(exc, MethodNotAllowedException):
-        message = f"{request.method} is not allowed here."
-        return _answer(ApiError(405, "method_not_allowed", message))
-    return _answer(ApiError(exc.status_code, "invalid_request", exc.detail))
-
-
-def _on_crash(_: Request[Any, Any, Any], exc: Exception) -> Response[bytes]:
-    logging.getLogger("gateway.edge").error("request.crashed", exc_info=exc)
-    return _answer(internal_error())

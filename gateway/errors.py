@@ -4,6 +4,7 @@ Clients show only `message`: it says what, how much, what to do next and whether
 """
 
 from collections.abc import Callable
+from datetime import UTC
 from typing import Any
 
 import msgspec
@@ -151,6 +152,29 @@ def _forbidden(code: str, message: str) -> Callable[[Any], ApiError]:
     return lambda _: ApiError(403, code, f"{message} {NOT_CHARGED}", kind="permission_error")
 
 
+def _key_revoked(_: Any) -> ApiError:
+    return ApiError(409, "key_revoked", "This key was revoked, for good. Make a new one.")
+
+
+def _too_many_keys(exc: keys.TooManyKeys) -> ApiError:
+    message = f"This account has {exc.limit} active keys, as many as it may have. Revoke one first."
+    return ApiError(409, "too_many_keys", message)
+
+
+def _rotation_in_progress(exc: keys.RotationInProgress) -> ApiError:
+    ends_at = exc.ends_at.astimezone(UTC).isoformat(timespec="seconds")
+    message = (
+        "This key was rotated, and the secret before it still works or has just ended "
+        f"({ends_at}). Rotate it after that, or repeat the first call with its Idempotency-Key."
+    )
+    return ApiError(409, "rotation_in_progress", message)
+
+
+def _rotation_mismatch(_: Any) -> ApiError:
+    message = "This Idempotency-Key was used for a rotation with another overlap_s. Use a new key."
+    return ApiError(422, "idempotency_mismatch", message)
+
+
 def _unavailable(what: str) -> Callable[[Any], ApiError]:
     return lambda _: unavailable(what)
 
@@ -177,6 +201,10 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.KeyExpired: _unauthorized("key_expired", "This API key has expired. Make a new one."),
     keys.KeysUnavailable: _unavailable("API keys cannot be looked up right now."),
     keys.KeyNotFound: _not_found("There is no such key."),
+    keys.KeyRevoked: _key_revoked,
+    keys.TooManyKeys: _too_many_keys,
+    keys.RotationInProgress: _rotation_in_progress,
+    keys.RotationMismatch: _rotation_mismatch,
     billing.InsufficientCredit: _insufficient,
     billing.TooManyOpenRequests: _too_many,
     billing.AccountFrozen: _forbidden("account_frozen", "This account is frozen."),

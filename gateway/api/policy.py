@@ -7,6 +7,7 @@ and become the envelope at the edge.
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
@@ -19,9 +20,9 @@ from gateway.services import Services
 from keys.api_key import digest, is_well_formed
 from keys.errors import KeyInvalid
 from keys.principal import Permission
-from keys.store import is_operator
+from keys.store import find_operator
 
-POLICY, CALLER = "policy", "caller"
+POLICY, CALLER, OPERATOR = "policy", "caller", "operator"
 Connection = ASGIConnection[Any, Any, Any, Any]
 
 
@@ -54,7 +55,7 @@ def guard(services: Services) -> Guard:
             return
         headers = dict(connection.scope["headers"])
         if policy is Policy.OPERATOR:
-            await require_operator(services, headers)
+            connection.scope["state"][OPERATOR] = await require_operator(services, headers)
             return
         caller = await services.authenticator.authenticate(headers)
         _permit(policy, caller)
@@ -82,17 +83,28 @@ def caller_of(connection: Connection) -> Caller:
     return caller
 
 
-async def require_operator(services: Services, headers: dict[bytes, bytes]) -> bytes:
-    """The digest of the operator's credential. Raises a KeysError for anything else."""
+def operator_of(connection: Connection) -> UUID:
+    """Which operator key calls a route of operators."""
+    operator_id: UUID = connection.scope["state"][OPERATOR]
+    return operator_id
+
+
+async def require_operator(services: Services, headers: dict[bytes, bytes]) -> UUID:
+    """The operator key of a request. Raises a KeysError for anything else."""
     key = credential_of(headers)
     if not (key.startswith(b"fb_op_") and is_well_formed(key)):
         raise KeyInvalid
-    keys = services.settings.keys
-    peppers = [pepper for pepper in (keys.pepper, keys.pepper_previous) if pepper]
-    digests = [digest(key, pepper.reveal().encode()) for pepper in peppers]
-    if not await is_operator(services.pool, digests):
+    digests = [digest(key, pepper) for pepper in peppers_of(services)]
+    operator_id = await find_operator(services.pool, digests)
+    if operator_id is None:
         raise KeyInvalid
-    return digests[0]
+    return operator_id
+
+
+def peppers_of(services: Services) -> list[bytes]:
+    """The pepper in use, then the one before it while keys still have that."""
+    keys = services.settings.keys
+    return [pepper.reveal().encode() for pepper in (keys.pepper, keys.pepper_previous) if pepper]
 
 
 def require_policies(handlers: Iterable[HTTPRouteHandler]) -> None:

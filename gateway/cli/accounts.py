@@ -1,25 +1,16 @@
-"""`farebox accounts`, `farebox credits` and `farebox keys`."""
+"""`farebox accounts` and `farebox credits`."""
 
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import click
 
 from gateway.cli import show
-from gateway.cli.context import (
-    book_connection,
-    common,
-    end,
-    pepper_of,
-    run,
-    stores,
-    verb_config,
-)
+from gateway.cli.context import book_connection, common, end, run, stores
 
 LIST_MAX = 1000
-KEY_NAME_MAX = 200
+REASON_MAX = 500
 
 
 def read_uid(text: str) -> UUID:
@@ -56,13 +47,13 @@ def create_account(config: Path | None, data_dir: Path | None, as_json: bool, la
 @accounts.command("list")
 @common
 def list_accounts(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
-    """All accounts."""
+    """Accounts, newest first."""
 
     async def work() -> list[dict[str, Any]]:
-        from billing import history
+        from billing.accounts import list_accounts
 
         async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            return await history.list_accounts(conn, LIST_MAX)
+            return await list_accounts(conn, LIST_MAX)
 
     rows = [{"billing_account_id": row.pop("id"), **row} for row in run(work())]
     columns = ["billing_account_id", "label", "status", "balance_nanos", "created_at"]
@@ -110,6 +101,53 @@ async def _held(till_url: str, account_id: UUID, balance_nanos: int) -> dict[str
         "uncommitted_nanos": uncommitted,
         "available_nanos": balance_nanos - held - uncommitted,
     }
+
+
+@accounts.command("freeze")
+@click.argument("account")
+@click.option("--reason", required=True)
+@common
+def freeze_account(
+    account: str, reason: str, config: Path | None, data_dir: Path | None, as_json: bool
+) -> None:
+    """The kill switch: no request of ACCOUNT is served any more. Streams under way finish."""
+    row = run(_set_status(config, data_dir, account, "frozen", reason))
+    show.as_json(row) if as_json else show.pairs(row)
+
+
+@accounts.command("thaw")
+@click.argument("account")
+@click.option("--reason", required=True)
+@common
+def thaw_account(
+    account: str, reason: str, config: Path | None, data_dir: Path | None, as_json: bool
+) -> None:
+    """Serve ACCOUNT again."""
+    row = run(_set_status(config, data_dir, account, "active", reason))
+    show.as_json(row) if as_json else show.pairs(row)
+
+
+async def _set_status(
+    config: Path | None,
+    data_dir: Path | None,
+    account: str,
+    status: Literal["active", "frozen"],
+    reason: str,
+) -> dict[str, Any]:
+    from billing import till_scan
+    from billing.accounts import set_status
+    from billing.errors import TillUnavailable
+
+    uid = read_uid(account)
+    if not (1 <= len(reason) <= REASON_MAX and reason.isprintable()):
+        end(2, f"--reason must have 1 to {REASON_MAX} printable characters")
+    async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
+        row = await set_status(conn, uid, status, reason)
+        try:
+            await till_scan.set_account_status(urls.till_url, uid, status)
+        except TillUnavailable:
+            click.echo("farebox: the till did not answer; it holds within 5 s", err=True)
+    return {"billing_account_id": row.pop("id"), **row}
 
 
 @click.group()
@@ -161,115 +199,3 @@ def grant_credits(
         "reference": reference,
     }
     show.as_json(row) if rest["as_json"] else show.pairs(row)
-
-
-@click.group()
-def keys() -> None:
-    """API keys."""
-
-
-@keys.command("create")
-@click.option("--account", required=True)
-@click.option("--name", required=True)
-@click.option("--expires-at", default="", help="RFC 3339, for example 2027-01-31T00:00:00Z.")
-@click.option("--open-requests-max", type=click.IntRange(1), default=None)
-@common
-def create_key(
-    config: Path | None, data_dir: Path | None, as_json: bool, account: str, **rest: Any
-) -> None:
-    """Make a key. Its secret is shown now and never again."""
-    from keys.principal import Limits
-    from keys.store import KeyTerms
-
-    uid = read_uid(account)
-    mode = verb_config(config, data_dir).settings.keys.mode
-    pepper = pepper_of(config, data_dir)
-    if not 1 <= len(rest["name"]) <= KEY_NAME_MAX:
-        end(2, f"--name must have 1 to {KEY_NAME_MAX} characters")
-    terms = KeyTerms(
-        name=rest["name"],
-        kind=mode,
-        expires_at=_read_time(rest["expires_at"]),
-        limits=Limits(open_requests=rest["open_requests_max"]),
-    )
-
-    async def work() -> Any:
-        from keys import store
-        from keys.errors import KeyNotFound
-
-        async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            try:
-                return await store.create_key(conn, uid, terms, pepper=pepper)
-            except KeyNotFound:
-                end(1, f"{account}: no such account")
-
-    key_id, new = run(work())
-    row = {"app_key_id": key_id, "name": terms.name, "api_key": new.secret}
-    show.as_json(row) if as_json else show.pairs(row)
-
-
-@keys.command("list")
-@click.option("--account", default="", help="Only this account's.")
-@common
-def list_keys(config: Path | None, data_dir: Path | None, as_json: bool, account: str) -> None:
-    """Keys, without their secrets."""
-
-    account_id = read_uid(account) if account else None
-
-    async def work() -> Any:
-        from keys import store
-
-        async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            return await store.list_keys(conn, account_id, LIST_MAX)
-
-    rows = [_key_row(record) for record in run(work())]
-    columns = ["app_key_id", "name", "key", "status", "created_at", "expires_at"]
-    show.as_json(rows) if as_json else show.table(columns, rows)
-
-
-@keys.command("revoke")
-@click.argument("key")
-@common
-def revoke_key(key: str, config: Path | None, data_dir: Path | None, as_json: bool) -> None:
-    """Revoke a key for good; it is refused everywhere within 5 seconds."""
-    uid = read_uid(key)
-
-    async def work() -> Any:
-        from billing import till_scan
-        from billing.errors import TillUnavailable
-        from keys import store
-
-        async with stores(config, data_dir) as urls, book_connection(urls.book_url) as conn:
-            record = await store.revoke_key(conn, uid)
-            account_id, key_id = record.billing_account_id, record.id
-            try:
-                await till_scan.set_key_status(urls.till_url, account_id, key_id, "revoked")
-            except TillUnavailable:
-                click.echo("farebox: the till did not answer; the key ends within 5 s", err=True)
-            return record
-
-    row = _key_row(run(work()))
-    show.as_json(row) if as_json else show.pairs(row)
-
-
-def _key_row(record: Any) -> dict[str, Any]:
-    return {
-        "app_key_id": record.id,
-        "billing_account_id": record.billing_account_id,
-        "name": record.name,
-        "key": f"{record.prefix}...{record.last4}",
-        "status": record.status,
-        "created_at": record.created_at,
-        "expires_at": record.expires_at,
-        "revoked_at": record.revoked_at,
-    }
-
-
-def _read_time(text: str) -> datetime | None:
-    if not text:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        end(2, f"{text!r} is no RFC 3339 time")
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

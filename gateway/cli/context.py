@@ -212,6 +212,13 @@ def pepper_of(config: Path | None, data_dir: Path | None) -> bytes:
     raise AssertionError
 
 
+def peppers_of(config: Path | None, data_dir: Path | None) -> list[bytes]:
+    """The pepper in use, then the one before it while keys still have that."""
+    previous = verb_config(config, data_dir).settings.keys.pepper_previous
+    peppers = [pepper_of(config, data_dir)]
+    return [*peppers, previous.reveal().encode()] if previous else peppers
+
+
 def pepper_file(data_dir: Path) -> Path:
     return data_dir / "pepper"
 

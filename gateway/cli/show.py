@@ -20,6 +20,7 @@ PREFIXES = {
     "billing_account_id": "acct_",
     "app_key_id": "key_",
     "virtual_key_id": "vkey_",
+    "operator_key_id": "opkey_",
 }
 
 
