@@ -14,6 +14,8 @@ from tests.support.gateway import Gateway, eventually, make_settings, running_ga
 from tests.support.people import Person, calling, signed_in
 from tests.support.upstream.launch import Upstream
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 HELLO = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
 IN_A_YEAR = (datetime.now(UTC) + timedelta(days=365)).isoformat(timespec="seconds")
 EVERYTHING = {
@@ -50,7 +52,7 @@ async def test_a_key_is_made_shown_once_and_works(gateway: Gateway, alice: Perso
     assert made["scopes"] == ["infer", "account"]
     assert made["created_at"].endswith("Z")
     assert answer.status_code == 200
-    (receipt,) = await gateway.receipts(1)
+    receipt = await gateway.receipt(answer.headers["x-receipt-id"])
     assert receipt["app_key_id"] == read_id(made["id"])
     assert receipt["billing_account_id"] == alice.account_id
 
