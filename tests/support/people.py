@@ -7,12 +7,14 @@ in with a wallet has tests of its own. Whoever has real sessions changes `sessio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import httpx
 
 from billing import book
+from config.ids import read_id
 from gateway.relay.authenticate import _Entry
 from keys.api_key import digest, generate
 from keys.principal import Principal
@@ -116,3 +118,15 @@ async def operating(gateway: Gateway) -> AsyncIterator[Person]:
         key = await create_operator_key(conn, "ops", pepper=PEPPER.encode())
     async with calling(gateway, key.secret) as person:
         yield person
+
+
+async def note_spend(gateway: Gateway, key_id: str, days: dict[datetime, int]) -> None:
+    """What a key spent, as the book keeps it."""
+    for day, nanos in days.items():
+        await gateway.pool.execute(
+            "INSERT INTO scope_spend (virtual_key_id, window_start, spent_nanos, version) "
+            "SELECT virtual_key_id, $2, $3, 1 FROM app_api_keys WHERE id = $1",
+            read_id(key_id),
+            day,
+            nanos,
+        )

@@ -11,7 +11,7 @@ import pytest
 from billing.windows import window_start
 from config.ids import id_text, new_id, read_id
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
-from tests.support.people import Person, calling, signed_in
+from tests.support.people import Person, calling, note_spend, signed_in
 from tests.support.upstream.launch import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -160,7 +160,7 @@ async def test_what_a_budget_has_left_comes_from_the_days_of_its_window(
 ) -> None:
     made = await alice.new_key(budget={"credits": "10", "window": "month"})
     start = window_start("month", datetime.now(UTC))
-    await spend(gateway, made["id"], {start - timedelta(days=1): 4_000_000, start: 7_500_000})
+    await note_spend(gateway, made["id"], {start - timedelta(days=1): 4_000_000, start: 7_500_000})
     month = (await alice.get(f"/keys/{made['id']}"))["budget"]
     total = (await alice.patch(f"/keys/{made['id']}", {"budget": _total("10")}))["budget"]
 
@@ -170,18 +170,6 @@ async def test_what_a_budget_has_left_comes_from_the_days_of_its_window(
 
 def _total(credits: str) -> dict[str, str]:
     return {"credits": credits, "window": "total"}
-
-
-async def spend(gateway: Gateway, key_id: str, days: dict[datetime, int]) -> None:
-    """What a key spent, as the book keeps it."""
-    for day, nanos in days.items():
-        await gateway.pool.execute(
-            "INSERT INTO scope_spend (virtual_key_id, window_start, spent_nanos, version) "
-            "SELECT virtual_key_id, $2, $3, 1 FROM app_api_keys WHERE id = $1",
-            read_id(key_id),
-            day,
-            nanos,
-        )
 
 
 @pytest.mark.parametrize("is_till_away", [False, True])
