@@ -56,11 +56,10 @@ PREFIX = "key_"
 
 
 def handlers(services: Services) -> list[HTTPRouteHandler]:
-    @post("/api/v1/keys", policy=Policy.SESSION, dto=Body[KeyWish], return_dto=None)
-    async def create(request: AnyRequest, data: JSONBody[KeyWish]) -> KeyWithSecret:
-        """Make an API key. Its secret stands in this answer and never again."""
-        return await _create(services, caller_of(request).principal.account_id, data)
+    return [*_reading(services), *_changing(services), *_secrets(services)]
 
+
+def _reading(services: Services) -> list[HTTPRouteHandler]:
     @get("/api/v1/keys", policy=Policy.SESSION)
     async def list_keys(
         request: AnyRequest, limit: PageSize = PAGE_SIZE, cursor: Cursor = ""
@@ -77,6 +76,10 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
             record = await _own_key(conn, account_id, key_id)
             return await shown(conn, record)
 
+    return [list_keys, read]
+
+
+def _changing(services: Services) -> list[HTTPRouteHandler]:
     @patch("/api/v1/keys/{key_id:str}", policy=Policy.SESSION, dto=Body[KeyPatch], return_dto=None)
     async def update(
         request: AnyRequest, key_id: FromPath[str], data: JSONBody[KeyPatch]
@@ -93,6 +96,15 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
             record = await _own_key(conn, account_id, key_id)
             return await revoked(services, conn, record)
 
+    return [update, revoke]
+
+
+def _secrets(services: Services) -> list[HTTPRouteHandler]:
+    @post("/api/v1/keys", policy=Policy.SESSION, dto=Body[KeyWish], return_dto=None)
+    async def create(request: AnyRequest, data: JSONBody[KeyWish]) -> KeyWithSecret:
+        """Make an API key. Its secret stands in this answer and never again."""
+        return await _create(services, caller_of(request).principal.account_id, data)
+
     @post(
         "/api/v1/keys/{key_id:str}/rotate",
         policy=Policy.SESSION,
@@ -108,7 +120,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         rotation = _rotation(services, request, data)
         return await _rotate(services, account_id, _read_id(key_id), rotation)
 
-    return [create, list_keys, read, update, revoke, rotate]
+    return [create, rotate]
 
 
 async def _create(services: Services, account_id: UUID, wish: KeyWish) -> KeyWithSecret:

@@ -96,6 +96,10 @@ class Granted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def handlers(services: Services) -> list[HTTPRouteHandler]:
+    return [*_accounts(services), *_kill_switch(services), *_credit(services)]
+
+
+def _accounts(services: Services) -> list[HTTPRouteHandler]:
     @post(ROOT, policy=Policy.OPERATOR, dto=Body[AccountWish], return_dto=None)
     async def create(request: AnyRequest, data: JSONBody[AccountWish]) -> AccountShown:
         """Make a user with a billing account."""
@@ -118,6 +122,10 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         fields = msgspec.structs.asdict(show_account(row))
         return AccountInFull(**fields, credits=await credits_of(services, uid))
 
+    return [create, list_accounts, read]
+
+
+def _kill_switch(services: Services) -> list[HTTPRouteHandler]:
     @post(
         ROOT + "/{account_id:str}/freeze",
         policy=Policy.OPERATOR,
@@ -146,6 +154,10 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         uid = read_account_id(account_id)
         return await _set_status(services, operator_of(request), uid, "active", data.reason)
 
+    return [freeze, thaw]
+
+
+def _credit(services: Services) -> list[HTTPRouteHandler]:
     @post(
         ROOT + "/{account_id:str}/grants",
         policy=Policy.OPERATOR,
@@ -159,7 +171,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         uid = read_account_id(account_id)
         return await _grant(services, operator_of(request), uid, data)
 
-    return [create, list_accounts, read, freeze, thaw, grant]
+    return [grant]
 
 
 async def _create(services: Services, operator_id: UUID, data: AccountWish) -> AccountShown:

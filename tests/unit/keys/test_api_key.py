@@ -12,7 +12,7 @@ from config.secret import Secret
 from config.settings import Keys, Settings
 from gateway.relay.authenticate import Authenticator, credential_of
 from gateway.supervise import Tasks
-from keys.api_key import BASE62, Kind, checksum, digest, generate, is_well_formed
+from keys.api_key import BASE62, Kind, checksum, derive, digest, generate, is_well_formed
 from keys.errors import CredentialMissing, KeysError
 
 
@@ -126,3 +126,15 @@ def test_the_credential_is_found_in_three_headers() -> None:
             credential_of(headers)
     with pytest.raises(KeysError):
         credential_of({b"authorization": b"Basic abc"})
+
+
+def test_a_derived_key_belongs_to_its_seed_alone() -> None:
+    seeds = [hashlib.sha256(b"%d" % number).digest() for number in range(200)]
+    keys = [derive("live", seed) for seed in seeds]
+
+    assert all(is_well_formed(key.secret.encode()) for key in keys)
+    assert [derive("live", seed).secret for seed in seeds] == [key.secret for key in keys]
+    assert len({key.secret for key in keys}) == len(keys)
+    assert derive("test", seeds[0]).secret[8:40] == keys[0].secret[8:40]
+    # Every character occurs: none of the 62 is out of reach of a seed.
+    assert set("".join(key.secret[8:40] for key in keys)) == set(BASE62)
