@@ -20,6 +20,8 @@ DOC_URL = "docs/errors.md#"
 NOT_CHARGED = "You were not charged."
 RETRY_SOON_S = 1
 RETRY_AFTER_MAX_S = 60
+# SDKs repeat a 409 by themselves unless they are told not to.
+FINAL = ((b"x-should-retry", b"false"),)
 
 
 class ApiError(Exception):
@@ -153,12 +155,13 @@ def _forbidden(code: str, message: str) -> Callable[[Any], ApiError]:
 
 
 def _key_revoked(_: Any) -> ApiError:
-    return ApiError(409, "key_revoked", "This key was revoked, for good. Make a new one.")
+    message = "This key was revoked, for good. Make a new one."
+    return ApiError(409, "key_revoked", message, headers=FINAL)
 
 
 def _too_many_keys(exc: keys.TooManyKeys) -> ApiError:
     message = f"This account has {exc.limit} active keys, as many as it may have. Revoke one first."
-    return ApiError(409, "too_many_keys", message)
+    return ApiError(409, "too_many_keys", message, headers=FINAL)
 
 
 def _rotation_in_progress(exc: keys.RotationInProgress) -> ApiError:
@@ -167,7 +170,7 @@ def _rotation_in_progress(exc: keys.RotationInProgress) -> ApiError:
         "This key was rotated, and the secret before it still works or has just ended "
         f"({ends_at}). Rotate it after that, or repeat the first call with its Idempotency-Key."
     )
-    return ApiError(409, "rotation_in_progress", message)
+    return ApiError(409, "rotation_in_progress", message, headers=FINAL)
 
 
 def _rotation_mismatch(_: Any) -> ApiError:

@@ -16,10 +16,12 @@ from gateway.api.body import refuse
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Postgres takes no NUL, and lists of people no line breaks.
-Line = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
-Note = Annotated[str, Meta(min_length=1, max_length=500, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
-Amount = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"\A[0-9.]*\Z")]
+# Postgres takes no NUL, and lists of people no line breaks. As JavaScript reads it too: `$` alone
+# would let Python pass a line break at the end.
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$(?!\n)"
+Line = Annotated[str, Meta(min_length=1, max_length=200, pattern=PRINTABLE)]
+Note = Annotated[str, Meta(min_length=1, max_length=500, pattern=PRINTABLE)]
+Amount = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"^[0-9.]*$(?!\n)")]
 Count = Annotated[int, Meta(ge=1, le=INT_MAX)]
 
 PageSize = Annotated[int, QueryParameter(ge=1, le=100, description="How many at most.")]

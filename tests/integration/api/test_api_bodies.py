@@ -160,6 +160,15 @@ async def test_only_plain_json_is_read(
     assert (status, answer["error"]["code"]) == (415, code)
 
 
+async def test_options_names_the_methods_and_needs_no_credential(gateway: Gateway) -> None:
+    """The guard took the framework's own answer for a handler without a policy: a 500."""
+    for path in ("/livez", "/api/v1/keys", "/api/v1/operator/accounts"):
+        answer = await exchange(gateway.origin, RawRequest(method="OPTIONS", target=path))
+        assert answer.status == 204
+        assert answer.head is not None
+        assert "OPTIONS" in str(answer.head.get("allow"))
+
+
 async def test_json_with_a_charset_is_json(gateway: Gateway, alice: Person) -> None:
     status, _ = await send(gateway, alice, b'{"name":"x"}', "application/json; charset=utf-8")
 
