@@ -53,6 +53,9 @@ class RotationInProgress(KeysError):
         super().__init__()
         self.ends_at = ends_at
 
+    def __str__(self) -> str:
+        return f"{self.__doc__} Until {self.ends_at.isoformat(timespec='seconds')}."
+
 
 class RotationMismatch(KeysError):
     """The Idempotency-Key was used for a rotation with another overlap."""

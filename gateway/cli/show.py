@@ -75,6 +75,8 @@ def text(column: str, value: object) -> str:
         return "-"
     if column.endswith("_nanos") and isinstance(value, int):
         return f"{value} ({credits_text(value)} credits, {_dollars(value)})"
+    if isinstance(value, list | tuple):
+        return ", ".join(readable(str(item)) for item in value)
     return readable(str(_scalar(column, value)))
 
 

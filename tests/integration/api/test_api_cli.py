@@ -98,7 +98,7 @@ async def test_a_key_is_rotated_and_revoked(gateway: Gateway, cli: Cli, alice: P
     said = await cli.run("keys", "rotate", made["id"], status=1)
 
     assert rotated["api_key"] == again["api_key"] == over_http["key"]
-    assert "being rotated" in said
+    assert "being rotated: its old secret still works. Until 2" in said
     assert await infer(gateway, rotated["api_key"]) == 200
     revoked = await cli.run("keys", "revoke", made["id"])
     assert revoked["status"] == "revoked"
