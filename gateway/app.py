@@ -11,6 +11,8 @@ from litestar.types import ASGIApp
 from billing.errors import BillingError
 from billing.figures import Figures, read
 from config.ids import id_text, new_id
+from gateway.api import docs
+from gateway.api.openapi import document
 from gateway.api.policy import Policy, guard, require_policies
 from gateway.errors import ApiError, internal_error, to_api_error
 from gateway.health import failing_parts, may_read_metrics
@@ -50,6 +52,7 @@ def build_app(services: Services) -> ASGIApp:
         return Response(text, media_type=CONTENT_TYPE.decode())
 
     handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
+    handlers += docs.handlers(services, lambda: document(handlers))
     require_policies(handlers)
     return Litestar(
         route_handlers=handlers,
