@@ -8,8 +8,9 @@ from litestar.types import ASGIApp
 
 from billing.errors import BillingError
 from billing.figures import Figures, read
-from gateway.api import account, keys, operator_accounts, operator_keys
+from gateway.api import account, docs, keys, operator_accounts, operator_keys
 from gateway.api.body import BODY_BYTES_MAX
+from gateway.api.openapi import document
 from gateway.api.policy import Policy, guard, require_policies
 from gateway.api.refusals import exception_handlers, stamp
 from gateway.errors import ApiError, to_api_error
@@ -52,6 +53,7 @@ def build_app(services: Services) -> ASGIApp:
     handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
     for resource in (keys, account, operator_accounts, operator_keys):
         handlers += resource.handlers(services)
+    handlers += docs.handlers(services, lambda: document(handlers))
     require_policies(handlers)
     return Litestar(
         route_handlers=handlers,

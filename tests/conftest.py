@@ -4,6 +4,7 @@ Every test gets a database of its own, copied from a migrated template, and an e
 """
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 
 import asyncpg
@@ -26,6 +27,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     faults.addoption("--runs", type=int, default=None, help="how many runs")
     faults.addoption("--seed", type=int, default=None, help="what they are drawn from")
     faults.addoption("--only", type=int, default=None, help="the run of this number alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a matrix marked `sampled(n)` keep n cases, always the same ones; `--full` keeps all."""
+    if config.getoption("--full"):
+        return
+    matrices: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for name, cases in matrices.items():
+        mark = cases[0].get_closest_marker("sampled")
+        assert mark is not None
+        kept = random.Random(name).sample(cases, min(mark.args[0], len(cases)))
+        dropped |= set(cases) - set(kept)
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(scope="session")

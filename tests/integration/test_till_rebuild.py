@@ -64,6 +64,7 @@ async def contents(client: Redis, prefix: str) -> set[Any]:
     return {value for value in found if len(value) > 20 or value == b"x"}
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", TILL)
 async def test_whatever_was_wrong_is_mended_and_nothing_is_lost(world: World, name: str) -> None:
     invariant, _, spoil = TILL[name]
@@ -88,6 +89,7 @@ async def test_whatever_was_wrong_is_mended_and_nothing_is_lost(world: World, na
 
 
 # With an epoch that is no text nothing is admitted, so there is nothing new to sweep.
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", [name for name in TILL if name != "a list for the epoch"])
 async def test_whatever_is_wrong_keeps_no_sweeper_from_its_work(world: World, name: str) -> None:
     _, _, spoil = TILL[name]

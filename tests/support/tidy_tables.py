@@ -55,7 +55,6 @@ DOORS = {
     "redis": ("billing/till*.py", "gateway/embedded/*"),
     "rich": ("gateway/cli/*",),
     "siwe": ("keys/siwe_*.py",),
-    "swagger_ui_bundle": ("gateway/api/docs.py",),
     "tiktoken": ("billing/tokens.py",),
     "uvicorn": ("gateway/server.py", "gateway/http1/protocol.py"),
     "uvloop": ("gateway/server.py", "gateway/worker.py"),
