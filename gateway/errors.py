@@ -160,7 +160,10 @@ def _key_revoked(_: Any) -> ApiError:
 
 
 def _too_many_keys(exc: keys.TooManyKeys) -> ApiError:
-    message = f"This account has {exc.limit} active keys, as many as it may have. Revoke one first."
+    message = (
+        f"This account has {exc.limit} API keys that are active or were made within a day, "
+        "as many as it may have."
+    )
     return ApiError(409, "too_many_keys", message, headers=FINAL)
 
 

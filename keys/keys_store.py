@@ -80,21 +80,24 @@ class Rotation(msgspec.Struct, frozen=True, kw_only=True):
 # Makes the count of an account's keys and the insertion of another one step, without a lock on the
 # row of the account, for which every receipt waits.
 LOCK_COUNT = "SELECT pg_advisory_xact_lock(hashtextextended('keys of ' || $1::uuid, 0))"
+# Those of the last day count also when they were revoked: their rows and their words in the till
+# stay, so that whoever made and revoked keys for ever would fill both.
 COUNT_KEYS = """
 SELECT count(*)
 FROM app_api_keys
-WHERE billing_account_id = $1 AND status = 'active' AND kind = 'key'
+WHERE billing_account_id = $1 AND kind = 'key'
+    AND (status = 'active' OR created_at > now() - interval '1 day')
 """
 
 
 async def create_another_key(
-    conn: Connection, account_id: UUID, terms: KeyTerms, *, pepper: bytes, active_max: int
+    conn: Connection, account_id: UUID, terms: KeyTerms, *, pepper: bytes, most: int
 ) -> tuple[UUID, NewKey]:
-    """A new key, unless the account has active_max already. Raises TooManyKeys."""
+    """A new key, unless the account has or made too many. Raises TooManyKeys."""
     async with translated(), conn.transaction():
         await conn.execute(LOCK_COUNT, account_id)
-        if await conn.fetchval(COUNT_KEYS, account_id) >= active_max:
-            raise TooManyKeys(limit=active_max)
+        if await conn.fetchval(COUNT_KEYS, account_id) >= most:
+            raise TooManyKeys(limit=most)
         return await create_key(conn, account_id, terms, pepper=pepper)
 
 

@@ -12,13 +12,13 @@ import msgspec
 from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 
-from billing import book
 from billing.errors import TillRefused, TillUnavailable
 from billing.spend import Usage, totals_of, usage_of
 from billing.till_tell import AccountInTill, read_account
 from billing.windows import window_end, window_start
 from gateway.api.policy import Policy, caller_of
 from gateway.api.shapes import Money, usd_number
+from gateway.api.tenant import tenant
 from gateway.relay.call import Caller
 from gateway.services import Services
 from keys import keys_store
@@ -106,7 +106,7 @@ async def _calling_key(services: Services, caller: Caller) -> CallingKey:
     principal, now = caller.principal, datetime.now(UTC)
     account_id, virtual_key_id = principal.account_id, principal.virtual_key_id
     label, name, budget, expires_at = "session", "session", None, principal.expires_at
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         usage = await usage_of(conn, account_id, virtual_key_id, now)
         if principal.app_key_id is not None:
             # As the book has it now: the principal may be some seconds old.
@@ -145,7 +145,7 @@ def _remaining(budget: Budget | None, usage: Usage) -> int | None:
 
 async def credits_of(services: Services, account_id: UUID) -> Credits:
     """Totals of the book, and what the till holds back."""
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         balance, spent = await totals_of(conn, account_id)
     try:
         till: AccountInTill | None = await read_account(services.link, account_id)

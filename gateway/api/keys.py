@@ -16,7 +16,6 @@ from litestar import Request, delete, get, patch, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, JSONBody
 
-from billing import book
 from billing.book import Connection
 from billing.errors import TillRefused, TillUnavailable
 from billing.spend import spent_since
@@ -43,6 +42,7 @@ from gateway.api.shapes import (
     read_cursor,
     read_ref,
 )
+from gateway.api.tenant import tenant
 from gateway.relay.once import check_key
 from gateway.services import Services
 from keys import keys_store
@@ -72,9 +72,9 @@ def _reading(services: Services) -> list[HTTPRouteHandler]:
     async def read(request: AnyRequest, key_id: FromPath[str]) -> KeyShown:
         """One API key."""
         account_id = caller_of(request).principal.account_id
-        async with book.acquire(services.pool) as conn:
+        async with tenant(services, account_id) as conn:
             record = await _own_key(conn, account_id, key_id)
-            return await shown(conn, record)
+            return await _shown(conn, record)
 
     return [list_keys, read]
 
@@ -92,9 +92,9 @@ def _changing(services: Services) -> list[HTTPRouteHandler]:
     async def revoke(request: AnyRequest, key_id: FromPath[str]) -> KeyShown:
         """Revoke an API key for good; again changes nothing."""
         account_id = caller_of(request).principal.account_id
-        async with book.acquire(services.pool) as conn:
-            record = await _own_key(conn, account_id, key_id)
-            return await revoked(services, conn, record)
+        async with tenant(services, account_id) as conn:
+            uid = (await _own_key(conn, account_id, key_id)).id
+        return await revoke_of(services, account_id, uid)
 
     return [update, revoke]
 
@@ -126,17 +126,15 @@ def _secrets(services: Services) -> list[HTTPRouteHandler]:
 async def _create(services: Services, account_id: UUID, wish: KeyWish) -> KeyWithSecret:
     settings = services.settings.keys
     terms = wish.read(services.catalog, settings.mode)
-    async with book.acquire(services.pool) as conn:
+    pepper, most = peppers_of(services)[0], settings.per_account_max
+    async with tenant(services, account_id) as conn:
         key_id, new = await keys_store.create_another_key(
-            conn,
-            account_id,
-            terms,
-            pepper=peppers_of(services)[0],
-            active_max=settings.per_account_max,
+            conn, account_id, terms, pepper=pepper, most=most
         )
         record = await keys_store.find_key(conn, account_id, key_id)
-        log.info("key.created", extra=_facts(record))
-        return with_secret(await shown(conn, record), new.secret)
+        answer = with_secret(await _shown(conn, record), new.secret)
+    log.info("key.created", extra=_facts(record))
+    return answer
 
 
 async def page_of_keys(
@@ -144,7 +142,7 @@ async def page_of_keys(
 ) -> Page[KeyShown]:
     """A page of the keys of an account."""
     before = read_cursor(cursor, PREFIX)
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         records = await keys_store.list_keys(conn, account_id, limit + 1, before=before)
         by_id = {each.id: each for each in await _all_shown(conn, account_id, records)}
     return page_of(
@@ -154,10 +152,11 @@ async def page_of_keys(
 
 async def _update(services: Services, account_id: UUID, key_id: UUID, data: KeyPatch) -> KeyShown:
     changes = data.read(services.catalog)
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         record = await keys_store.update_key(conn, account_id, key_id, changes)
-        log.info("key.updated", extra=_facts(record))
-        return await shown(conn, record)
+        answer = await _shown(conn, record)
+    log.info("key.updated", extra=_facts(record))
+    return answer
 
 
 def _rotation(services: Services, request: AnyRequest, data: JSONBody[RotationWish]) -> Rotation:
@@ -174,26 +173,28 @@ def _rotation(services: Services, request: AnyRequest, data: JSONBody[RotationWi
 async def _rotate(
     services: Services, account_id: UUID, key_id: UUID, rotation: Rotation
 ) -> KeyWithSecret:
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         record, new = await keys_store.rotate_key(conn, account_id, key_id, rotation)
-        log.info("key.rotated", extra=_facts(record))
-        return with_secret(await shown(conn, record), new.secret)
+        answer = with_secret(await _shown(conn, record), new.secret)
+    log.info("key.rotated", extra=_facts(record))
+    return answer
 
 
-async def revoked(services: Services, conn: Connection, record: KeyRecord) -> KeyShown:
-    """The key after it was revoked: in the book first, so that no seed of the till brings it back,
-    then in the till, so that it ends at once."""
-    account_id, key_id = record.billing_account_id, record.id
-    record = await keys_store.revoke_key(conn, account_id, key_id)
+async def revoke_of(services: Services, account_id: UUID, key_id: UUID) -> KeyShown:
+    """The key after it was revoked: in the book first, so that nothing brings it back, then in the
+    till, so that it ends at once."""
+    async with tenant(services, account_id) as conn:
+        record = await keys_store.revoke_key(conn, account_id, key_id)
+        answer = await _shown(conn, record)
     log.info("key.revoked", extra=_facts(record))
     try:
         await tell_key_revoked(services.link, account_id, key_id)
     except (TillUnavailable, TillRefused) as exc:
         log.warning("key.till_untold", extra={**_facts(record), "error": repr(exc)})
-    return await shown(conn, record)
+    return answer
 
 
-async def shown(conn: Connection, record: KeyRecord) -> KeyShown:
+async def _shown(conn: Connection, record: KeyRecord) -> KeyShown:
     """A key with what its budget has left."""
     (one,) = await _all_shown(conn, record.billing_account_id, [record])
     return one

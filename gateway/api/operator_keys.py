@@ -10,7 +10,7 @@ from litestar.params import FromPath
 from billing import accounts, book
 from config.ids import id_text
 from gateway.api.key_shapes import KeyShown
-from gateway.api.keys import PREFIX, page_of_keys, revoked
+from gateway.api.keys import PREFIX, page_of_keys, revoke_of
 from gateway.api.operator_accounts import ROOT, facts, read_account_id
 from gateway.api.policy import Policy, operator_of
 from gateway.api.shapes import PAGE_SIZE, Cursor, Page, PageSize, read_ref
@@ -40,9 +40,8 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         uid = read_ref(key_id, PREFIX, KeyNotFound())
         async with book.acquire(services.pool) as conn:
             account_id = await keys_store.owner_of_key(conn, uid)
-            record = await keys_store.find_key(conn, account_id, uid)
-            told = {**facts(operator_of(request), account_id), "app_key_id": PREFIX + id_text(uid)}
-            log.warning("operator.key_revoked", extra=told)
-            return await revoked(services, conn, record)
+        told = {**facts(operator_of(request), account_id), "app_key_id": PREFIX + id_text(uid)}
+        log.warning("operator.key_revoked", extra=told)
+        return await revoke_of(services, account_id, uid)
 
     return [list_account_keys, revoke_account_key]

@@ -260,7 +260,7 @@ async def test_keys_cannot_manage_keys(gateway: Gateway, alice: Person) -> None:
         assert (await nobody.ask("GET", "/keys")).status_code == 401
 
 
-async def test_an_account_has_a_bounded_number_of_active_keys(
+async def test_an_account_has_a_bounded_number_of_keys(
     book_url: str, till_url: str, upstream: Upstream
 ) -> None:
     settings = make_settings(upstream.base_url, keys__per_account_max=3)
@@ -276,7 +276,12 @@ async def test_an_account_has_a_bounded_number_of_active_keys(
         refused = [answer.json()["error"]["code"] for answer in answers if answer.is_error]
         await bob.new_key()
         await alice.delete(f"/keys/{made[0]['id']}")
+        await alice.post("/keys", {"name": "x"}, 409)  # made and revoked within a day
+        await gateway.pool.execute(
+            "UPDATE app_api_keys SET created_at = now() - interval '25 hours'"
+        )
         await alice.new_key()
+        await alice.post("/keys", {"name": "x"}, 409)
 
     assert len(made) == 3
     assert refused == ["too_many_keys"] * 5
