@@ -196,3 +196,21 @@ async def test_a_rotated_key_has_one_revocation(gateway: Gateway, alice: Person)
     await ended(gateway, rotated["key"])
     error = await alice.post(f"{path}/rotate", {"overlap_s": 600}, 409, idempotency_key=ONCE)
     assert error["code"] == "key_revoked"
+
+
+async def test_a_repetition_is_known_while_the_pepper_is_changed(
+    gateway: Gateway, alice: Person
+) -> None:
+    made = await alice.new_key()
+    old, new = PEPPER.encode(), b"n" * 32
+    answers = []
+    async with book.acquire(gateway.pool) as conn:
+        for peppers in ([old], [new, old]):
+            rotation = Rotation(peppers=peppers, overlap_s=60, once_key=b"peppered")
+            answers.append(await rotate_key(conn, alice.account_id, read_id(made["id"]), rotation))
+        forgotten = Rotation(peppers=[new], overlap_s=60, once_key=b"peppered")
+        with pytest.raises(RotationInProgress):
+            await rotate_key(conn, alice.account_id, read_id(made["id"]), forgotten)
+
+    assert answers[0][1].secret == answers[1][1].secret
+    assert await status_of(gateway, answers[1][1].secret) == 200
