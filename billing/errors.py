@@ -1,6 +1,9 @@
 """What can go wrong with money. Refusals say what the caller can do; the edge maps them to HTTP."""
 
+from typing import Literal
 from uuid import UUID
+
+from billing.standing import Standings
 
 
 class BillingError(Exception):
@@ -30,6 +33,26 @@ class TooManyOpenRequests(Refusal):
         super().__init__()
         self.scope = scope
         self.limit = limit
+
+
+class RateLimited(Refusal):
+    """The account or key has used up its requests or tokens of this minute."""
+
+    def __init__(
+        self,
+        *,
+        scope: str,
+        kind: Literal["requests", "tokens"],
+        limit: int,
+        retry_after_ms: int,
+        standings: Standings,
+    ) -> None:
+        super().__init__()
+        self.scope = scope
+        self.kind = kind
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+        self.standings = standings
 
 
 class AccountFrozen(Refusal):

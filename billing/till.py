@@ -27,8 +27,10 @@ from billing.errors import (
 from billing.money import NANOS_MAX
 from billing.receipts import ChargeReceipt, encode_receipt
 from billing.single_flight import SingleFlight
+from billing.standing import Standings, read_standings
 from billing.till_epoch import AccountState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
+from billing.till_rates import OVER_RATE, over_rate, rate_script
 from billing.till_scopes import SpendScopes, account_scope_key, shard_prefix
 from billing.till_wire import Packed, Renewal, words
 from config.clock import Seconds
@@ -52,14 +54,15 @@ class Scripts:
     """All scripts, read once."""
 
     def __init__(self) -> None:
-        self.admit = _script("admit_v2")
+        self.admit = _script("admit_v3")
         self.forwarded = _script("forwarded_v1")
-        self.settle = _script("settle_v1")
+        self.settle = _script("settle_v2")
         self.confirm = _script("confirm_v1")
         self.seed = _script("seed_v2")
         self.renew = _script("renew_v1")
         self.sweep = _script("sweep_v1")
         self.shard = _script("shard_v2")
+        self.rate = rate_script()
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
@@ -96,27 +99,31 @@ class Till:
         self._refreshed_ms: dict[UUID, int] = {}
 
     async def admit(
-        self, scopes: SpendScopes, request_id: str, hold_nanos: int, draft: bytes
-    ) -> None:
+        self, scopes: SpendScopes, request_id: str, hold_nanos: int, draft: bytes, tokens: int = 0
+    ) -> Standings | None:
         """Place hold_nanos on every scope of the request, or on none.
 
-        The same request id again gives the same answer. Raises InsufficientCredit,
-        TooManyOpenRequests, AccountFrozen or KeyRevoked; TillUnavailable when there was no answer
-        (the hold may exist: settle the request with price 0).
+        tokens: what it takes of limits per minute until it is settled; returns how these stand, if
+        there are any. The same request id again gives the same answer. Raises InsufficientCredit,
+        RateLimited, TooManyOpenRequests, AccountFrozen or KeyRevoked; TillUnavailable when there
+        was no answer (the hold may exist: settle the request with price 0).
         """
-        assert 0 <= hold_nanos <= NANOS_MAX
+        assert 0 <= hold_nanos <= NANOS_MAX >= tokens >= 0
+        hold = (hold_nanos, tokens)
         for _ in range(ADMIT_TRIES):
             epoch = self.epoch.number if self.epoch.is_known else await self._epoch_for_hold()
-            packed = scopes.wire.admit(request_id, epoch, hold_nanos, self._lease_and_worker, draft)
+            packed = scopes.wire.admit(request_id, epoch, hold, self._lease_and_worker, draft)
             asked_at = time.monotonic()
             try:
                 reply = await self.link.send(self._scripts.admit, packed)
             except TillUnavailable as exc:
                 reply = await self._ask_again(packed, asked_at, exc)
             if reply[0] in _PLACED:
-                return
+                return read_standings(reply[3]) if scopes.wire.is_rated else None
             if reply[0] in _OF_NO_EPOCH:
                 self.epoch.doubt(epoch, is_lost=reply[0] == b"lost")
+            elif reply[0] in OVER_RATE:
+                raise over_rate(scopes, reply)
             else:
                 await self._mend(scopes, hold_nanos, reply)
         # Every answer was a plain no: nothing is held.

@@ -97,6 +97,7 @@ def spend_scopes(
         for kind, most in zip(kinds, limits, strict=True)
         for word in (kind, most.open_requests, nanos if kind == "B" else 0)
     ]
+    rates = [n for most in limits for n in (most.requests_per_minute, most.tokens_per_minute)]
     return SpendScopes(
         account_id=account_id,
         epoch_key=epoch_key,
@@ -112,6 +113,7 @@ def spend_scopes(
             scope_keys=scope_keys,
             kinds=kinds,
             limits=words,
+            rates=rates if any(rates) else (),
         ),
         budget=budget,
     )

@@ -49,15 +49,20 @@ class _Call(msgspec.Struct, frozen=True):
         return f"{self.before}{hold}{self.after_hold}{gaps}{self.last}".encode("ascii")
 
 
-# Epoch, id, nanos, lease and worker, draft; id, price, "<price> <receipt>".
+# Epoch, id, nanos, lease and worker, draft; tokens, only where there are limits per minute;
+# id, price, "<price> <receipt>".
 _ADMIT_GAPS = "$%d\r\n%d\r\nID$%d\r\n%d\r\n%b$%d\r\n%b\r\n"
+_TOKENS_GAP = "$%d\r\n%d\r\n"
 _SETTLE_GAPS = "ID$%d\r\n%d\r\n$%d\r\n%d %b\r\n"
 
 
 class ScopesWire:
     """The calls of one principal, whose keys are ASCII and have no percent sign in them."""
 
-    __slots__ = ("_admit", "_admit_template", "_hold_prefix", "_settle", "_settle_template")
+    __slots__ = (
+        *("_admit", "_admit_template", "_hold_prefix", "_settle", "_settle_template"),
+        *("counts_tokens", "is_rated"),
+    )
 
     def __init__(
         self,
@@ -67,43 +72,60 @@ class ScopesWire:
         scope_keys: Sequence[str],
         kinds: Sequence[str],
         limits: Sequence[str | int],
+        rates: Sequence[int] = (),
     ) -> None:
-        """shard_keys: epoch, outbox, leases. limits: what `admit` wants of each scope."""
+        """shard_keys: epoch, outbox, leases. limits: what `admit` wants of each scope.
+
+        rates: of each scope the requests and tokens per minute, if any of them is limited.
+        """
+        self.is_rated = any(rates)
+        """Whether there is any limit per minute."""
+        self.counts_tokens = any(rates[1::2])
+        """Whether `admit` is to be told how many tokens a request may take."""
         epoch_key, outbox_key, leases_key = shard_keys
         count, after_hold = len(scope_keys), words((leases_key, *scope_keys))
         self._hold_prefix = hold_prefix
         self._admit = _Call(
-            1 + 4 + count + 6 + len(limits),
+            1 + 4 + count + 6 + len(limits) + (1 + len(rates)) * self.is_rated,
             words((4 + count, epoch_key, outbox_key)),
             hold_prefix,
             after_hold,
             _ADMIT_GAPS,
-            words(limits),
+            words(limits) + (_TOKENS_GAP + words(rates)) * self.is_rated,
         )
         self._settle = _Call(
-            1 + 3 + count + 3 + len(kinds),
+            1 + 3 + count + 3 + len(kinds) + self.counts_tokens,
             words((3 + count, outbox_key)),
             hold_prefix,
             after_hold,
             _SETTLE_GAPS,
-            words(kinds),
+            words(kinds) + word("T") * self.counts_tokens,
         )
         self._admit_template = self._admit.template(ID_LENGTH)
         self._settle_template = self._settle.template(ID_LENGTH)
 
     def admit(
-        self, request_id: str, epoch: int, nanos: int, lease_and_worker: bytes, draft: bytes
+        self,
+        request_id: str,
+        epoch: int,
+        hold: tuple[int, int],
+        lease_and_worker: bytes,
+        draft: bytes,
     ) -> Packed:
-        """admit_v2.lua; lease_and_worker are two words."""
+        """admit_v3.lua; hold: nanos and tokens; lease_and_worker are two words."""
+        nanos, tokens = hold
         name = request_id.encode("ascii")
         size = len(name)
         template = self._admit_template if size == ID_LENGTH else self._admit.template(size)
         era, held, rest = len(str(epoch)), len(str(nanos)), len(draft)
+        gaps: tuple[bytes | int, ...]
         gaps = (name, era, epoch, name, held, nanos, lease_and_worker, rest, draft)
+        if self.is_rated:
+            gaps += (len(str(tokens)), tokens)
         return Packed(self._admit.count, template % gaps)
 
     def settle(self, request_id: str, price_nanos: int, receipt: bytes) -> Packed:
-        """settle_v1.lua"""
+        """settle_v2.lua"""
         name = request_id.encode("ascii")
         size, price_size = len(name), len(str(price_nanos))
         template = self._settle_template if size == ID_LENGTH else self._settle.template(size)

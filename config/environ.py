@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import get_origin
 
 import msgspec
 
@@ -112,7 +113,7 @@ def parse(hint: object, text: str) -> object:
     for kind, parser in PARSERS.items():
         if plain is kind:
             return parser(text)
-    if table_of(hint) or entry_of(hint) or item_of(hint):
+    if table_of(hint) or entry_of(hint) or item_of(hint) or get_origin(plain) is tuple:
         return _json(text)
     return text
 

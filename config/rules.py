@@ -1,5 +1,6 @@
 """What a provider, a model and a price must be beyond their types and ranges (pure)."""
 
+import ipaddress
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -9,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from config.secret import Secret
-from config.settings import Model, Price, Provider
+from config.settings import Model, Price, Provider, Server
 
 PRICE = re.compile(r"[0-9]{1,7}(\.[0-9]{1,9})?")
 # billing.money refuses rates beyond this: amounts must fit a bigint.
@@ -38,6 +39,10 @@ def broken(table: Struct) -> Iterator[tuple[str, str]]:
             yield "routes", "expected at least one route"
         case Price():
             yield from _price(table)
+        case Server():
+            for text in table.trusted_proxies:
+                if not _is_network(text):
+                    yield "trusted_proxies", "expected networks such as 10.0.0.0/8 or ::1/128"
         case _:
             return
 
@@ -96,6 +101,14 @@ def _wrong_url(url: str) -> str | None:
     if "?" in url or "#" in url:
         return "expected a URL without ? and #"
     return None
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _price(price: Price) -> Iterator[tuple[str, str]]:

@@ -44,6 +44,7 @@ class Server(Table, frozen=True, kw_only=True):
     pin_workers: bool = False
     drain_timeout_s: WholeSeconds = 120
     keepalive_timeout_s: WholeSeconds = 75
+    trusted_proxies: tuple[Text, ...] = ()
 
 
 class Book(Table, frozen=True, kw_only=True):
@@ -112,6 +113,10 @@ class Limits(Table, frozen=True, kw_only=True):
     open_requests_per_key: Positive = 50
     open_requests_per_account: Positive = 200
     open_requests_per_worker: Positive = 1000
+    requests_per_minute_per_key: NotNegative = 0
+    requests_per_minute_per_account: NotNegative = 0
+    tokens_per_minute_per_key: NotNegative = 0
+    tokens_per_minute_per_account: NotNegative = 0
     drain_bytes_max: Positive = 64 * KIB
     drains_max: Positive = 200
     loop_lag_max_ms: Milliseconds = 20

@@ -13,6 +13,7 @@ from billing import errors as billing
 from billing.book import BookRefused
 from billing.money import credits_text, usd_text
 from config.ids import id_text
+from gateway.rate_headers import rate_headers
 from keys import errors as keys
 
 # A path inside this project: it has no public address of its own yet.
@@ -124,6 +125,21 @@ def _too_many(exc: billing.TooManyOpenRequests) -> ApiError:
     return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
 
 
+def _over_rate(exc: billing.RateLimited) -> ApiError:
+    wait_s = min(-(-exc.retry_after_ms // 1000), RETRY_AFTER_MAX_S)
+    what = "requests" if exc.kind == "requests" else "tokens (those of the prompt and the answer)"
+    message = (
+        f"This {exc.scope} may have {exc.limit} {what} per minute, and this request would be more. "
+        f"Try again in {wait_s} s. {NOT_CHARGED}"
+    )
+    headers = (
+        (b"retry-after", b"%d" % wait_s),
+        (b"retry-after-ms", b"%d" % exc.retry_after_ms),
+        *rate_headers(exc.standings),
+    )
+    return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
+
+
 def _in_flight(_: Any) -> ApiError:
     message = (
         "The first request with this Idempotency-Key is still under way. "
@@ -213,6 +229,7 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.RotationMismatch: _rotation_mismatch,
     billing.InsufficientCredit: _insufficient,
     billing.TooManyOpenRequests: _too_many,
+    billing.RateLimited: _over_rate,
     billing.AccountFrozen: _forbidden("account_frozen", "This account is frozen."),
     billing.KeyRevoked: _unauthorized(
         "invalid_api_key", "This API key is not known or was revoked. Use another key."

@@ -17,6 +17,7 @@ from billing.prices_store import load_prices
 from billing.settler import Settler
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
+from billing.till_rates import Limiter
 from billing.tokens import TokenCounter
 from config.ids import id_text, new_id
 from config.settings import Settings
@@ -65,6 +66,7 @@ class Services:
             stall_timeout_s=settings.till.stall_timeout_ms / 1000,
             pending_max=settings.till.calls_pending_max,
         )
+        self.limiter = Limiter(self.link, scripts.rate)
         worker = worker_name()
         self.till = Till(
             self.link,

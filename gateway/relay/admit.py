@@ -15,7 +15,7 @@ from billing.receipts import Outcome, encode_receipt
 from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
 from gateway.protocols.facts import CallFacts
-from gateway.relay.afford import bound_prompt, fit, prompt_least, size_hold
+from gateway.relay.afford import bound_prompt, fit, likely_tokens, prompt_least, size_hold
 from gateway.relay.call import Arrival, Call, Caller, PublicModel
 from gateway.services import Services
 
@@ -54,7 +54,10 @@ async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
     # crash-point: admit.begin
     call.is_open = True
     try:
-        await services.till.admit(call.scopes, call.request_id, call.hold_nanos, draft)
+        tokens = likely_tokens(call) if call.scopes.wire.counts_tokens else 0
+        call.standings = await services.till.admit(
+            call.scopes, call.request_id, call.hold_nanos, draft, tokens
+        )
     except InsufficientCredit as exc:
         call.is_open = False
         await _fit(services, call, exc.available_nanos, tries)

@@ -12,6 +12,9 @@ from gateway.relay.call import Call
 # Text has hardly ever more bytes for each token than this: English, which has some four and a
 # half; other scripts (Russian and Hindi have up to ten); text whose letters are written \u0431.
 BYTES_PER_TOKEN_MOST, BYTES_OTHERS, BYTES_ESCAPED = 8, 16, 40
+# What limits of tokens per minute go by until a request has ended: likely, not bounds.
+BYTES_PER_TOKEN_LIKELY = 4
+OUTPUT_TOKENS_LIKELY = 4096
 # A longer prompt is not counted: whoever cannot pay could keep our processors busy with it.
 COUNTED_BYTES_MAX = 1024 * 1024
 
@@ -37,6 +40,18 @@ def prompt_least(facts: CallFacts) -> int:
     """Tokens of the prompt that are there without doubt; the JSON around the messages is none."""
     around = len(facts.body) - memoryview(facts.fields.get("messages", b"")).nbytes
     return max((facts.text_bytes - around) // _bytes_per_token(facts.body), 1)
+
+
+def likely_tokens(call: Call) -> int:
+    """Tokens that it takes of limits per minute at first: the prompt's, and as much output as it
+    asks for; a stream's first window, or where it asks for no limit, a usual answer.
+    """
+    facts, model = call.facts, call.model
+    output = call.output_tokens
+    if facts.stream or not facts.output_tokens:
+        output = min(output, model.stream_window_tokens or OUTPUT_TOKENS_LIKELY)
+    prompt = facts.text_bytes // BYTES_PER_TOKEN_LIKELY + facts.image_parts * model.image_tokens_max
+    return prompt + output * facts.choices
 
 
 def _bytes_per_token(body: bytes) -> int:

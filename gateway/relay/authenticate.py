@@ -142,12 +142,22 @@ class Authenticator:
 
     def _caller(self, principal: Principal) -> Caller:
         limits, own, key = self._limits, principal.account_limits, principal.key_limits
+        account_limits = ScopeLimits(
+            own.open_requests or limits.open_requests_per_account,
+            own.requests_per_minute or limits.requests_per_minute_per_account,
+            own.tokens_per_minute or limits.tokens_per_minute_per_account,
+        )
+        key_limits = ScopeLimits(
+            key.open_requests or limits.open_requests_per_key,
+            key.requests_per_minute or limits.requests_per_minute_per_key,
+            key.tokens_per_minute or limits.tokens_per_minute_per_key,
+        )
         key_id = principal.app_key_id or principal.virtual_key_id
         scopes = spend_scopes(
             principal.account_id,
             key_id,
-            account=ScopeLimits(own.open_requests or limits.open_requests_per_account),
-            key=ScopeLimits(key.open_requests or limits.open_requests_per_key),
+            account=account_limits,
+            key=key_limits,
         )
         return Caller(
             principal=principal,

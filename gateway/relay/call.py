@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from billing.prices import PriceVersion, Rates
 from billing.receipts import ChargeReceipt, FailedAttempt, Outcome, Provenance
+from billing.standing import Standings
 from billing.till_scopes import SpendScopes
 from config.ids import id_text, new_id
 from gateway.protocols.facts import CallFacts
@@ -120,6 +121,7 @@ class Call:
         "receipt",
         "route",
         "scopes",
+        "standings",
         "upstream_request_id",
         "upstream_wait_s",
         "wanted_nanos",
@@ -156,6 +158,8 @@ class Call:
         """The same, when it was lowered."""
         self.output_max = 0
         self.is_open = False
+        self.standings: Standings | None = None
+        """How its limits per minute stood when it was admitted, if there are any."""
         self.is_sent = False
         """Whether the provider may have got something of it: before, nobody pays for anything."""
         self.is_taken = False

@@ -10,7 +10,9 @@ from gateway.relay.call import Arrival
 
 EXPOSED = (
     b"x-request-id, x-receipt-id, x-farebox-overhead-ms, x-farebox-max-tokens, x-cost-usd, "
-    b"x-balance-usd, retry-after"
+    b"x-balance-usd, retry-after, retry-after-ms, x-ratelimit-limit-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
 CORS: tuple[Header, ...] = (
     (b"access-control-allow-origin", b"*"),

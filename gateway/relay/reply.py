@@ -17,6 +17,7 @@ from billing.settler import Settled
 from gateway.errors import NOT_CHARGED, ApiError, to_api_error, upstream_error
 from gateway.http1.exchange import Exchange, Header
 from gateway.providers.upstream import UpstreamFailed, UpstreamReply
+from gateway.rate_headers import rate_headers
 from gateway.relay.body import relay_body
 from gateway.relay.call import Call
 from gateway.relay.client import Client
@@ -213,4 +214,6 @@ class Reply:
         ]
         if call.lowered_to is not None:
             headers.append((b"x-farebox-max-tokens", b"%d" % call.lowered_to))
+        if call.standings is not None:
+            headers += rate_headers(call.standings)
         return headers
