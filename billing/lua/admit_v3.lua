@@ -50,49 +50,47 @@ local t = redis.call('TIME')
 -- Token buckets of one minute, which refill evenly (GCRA). `rq` and `tk` of a scope: the moment at
 -- which its bucket of requests or tokens is full again, in microseconds, and in `rqf` and `tkf`
 -- parts of one, `limit` of which are a whole: so no limit is ever rounded.
-local buckets, standing
+local writes, standing
 if tokens then
   local minute, now = 60000000, tonumber(t[1]) * 1000000 + tonumber(t[2])
-  local kinds = {
-    {'requests', 'rq', 'rqf', 1},
-    {'tokens', 'tk', 'tkf', tonumber(tokens)},
-  }
-  local refused
-  buckets = {}
+  local names = {'requests', 'rq', 'rqf', 'tokens', 'tk', 'tkf'}
+  local wanted, buckets, refused = {1, tonumber(tokens)}, {}, nil
+  writes = {}
   for i = 5, #KEYS do
-    for j, kind in ipairs(kinds) do
+    local f = redis.call('HMGET', KEYS[i], 'rq', 'rqf', 'tk', 'tkf')
+    local write = {KEYS[i]}
+    for j = 1, 2 do
       local limit = tonumber(ARGV[at_rates + 2 * (i - 5) + j])
       if limit > 0 then
-        local f = redis.call('HMGET', KEYS[i], kind[2], kind[3])
-        local ahead, full, used = tonumber(f[1] or '0') - now, minute * limit, 0
+        local ahead, full, used = tonumber(f[2 * j - 1] or '0') - now, minute * limit, 0
         -- More than a minute ahead is of another clock: nobody is to be locked out by that.
         if ahead <= minute then
-          used = math.max(math.min(ahead * limit + tonumber(f[2] or '0'), full), 0)
+          used = math.max(math.min(ahead * limit + tonumber(f[2 * j] or '0'), full), 0)
         end
         -- Whoever wants more than there ever is gets all of it.
-        local after = used + math.min(kind[4], limit) * minute
-        local wait = math.ceil((after - full) / (limit * 1000))
-        if after > full and (not refused or wait > refused[3]) then
-          refused = {kind[1], i - 4, wait}
+        local after = used + math.min(wanted[j], limit) * minute
+        local wait = after > full and math.ceil((after - full) / (limit * 1000))
+        if wait and (not refused or wait > refused[3]) then
+          refused = {names[3 * j - 2], i - 4, wait}
         end
-        local ends = math.floor(after / limit)
-        buckets[#buckets + 1] = {
-          j = j, limit = limit, used = used, after = after, full = full,
-          write = {KEYS[i], kind[2], string.format('%.0f', now + ends),
-            kind[3], string.format('%.0f', after - ends * limit)},
-        }
+        buckets[#buckets + 1] = {j, limit, full, used, after}
+        local ends, n = math.floor(after / limit), #write
+        write[n + 1], write[n + 2] = names[3 * j - 1], string.format('%.0f', now + ends)
+        write[n + 3], write[n + 4] = names[3 * j], after - ends * limit
       end
     end
+    if #write > 1 then writes[#writes + 1] = write end
   end
-  local tight = {{0, 0, 0}, {0, 0, 0}}
+  local tight = {0, 0, 0, 0, 0, 0}
   for _, b in ipairs(buckets) do
-    local used = refused and b.used or b.after
-    local remaining = math.floor((b.full - used) / minute)
-    if tight[b.j][1] == 0 or remaining < tight[b.j][2] then
-      tight[b.j] = {b.limit, remaining, math.ceil(used / (b.limit * 1000))}
+    local at, limit, used = 3 * b[1] - 2, b[2], refused and b[4] or b[5]
+    local remaining = math.floor((b[3] - used) / minute)
+    if tight[at] == 0 or remaining < tight[at + 1] then
+      tight[at], tight[at + 1] = limit, remaining
+      tight[at + 2] = math.ceil(used / (limit * 1000))
     end
   end
-  standing = table.concat(tight[1], ' ') .. ' ' .. table.concat(tight[2], ' ') -- not money
+  standing = table.concat(tight, ' ')
   if refused then
     refused[4] = standing
     return refused
@@ -113,5 +111,5 @@ if not tokens then return {'admitted', 0, left} end
 local taken = {tokens}
 for i = 5, #KEYS do taken[#taken + 1] = ARGV[at_rates + 2 * (i - 5) + 2] end
 redis.call('HSET', KEYS[3], 'tokens', table.concat(taken, ' '), 'standing', standing)
-for _, b in ipairs(buckets) do redis.call('HSET', unpack(b.write)) end
+for _, write in ipairs(writes) do redis.call('HSET', unpack(write)) end
 return {'admitted', 0, left, standing}
