@@ -5,6 +5,7 @@ moment can be kept and gone back to.
 """
 
 from copy import deepcopy
+from fractions import Fraction
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,22 @@ class Scope(msgspec.Struct):
     held: int = 0
     open: int = 0
     epoch: int = 0
+    per_minute: tuple[int, int] = (0, 0)
+    """Limits of requests and tokens; 0: none."""
+    taken: tuple[int, int] = (0, 0)
+    """What of these is taken now."""
+
+    def take(self, requests: int, tokens: int) -> None:
+        """Negative: give back. A bucket is never more than empty or full."""
+        limits = zip(self.per_minute, self.taken, (requests, tokens), strict=True)
+        first, second = (min(max(taken + more, 0), limit) for limit, taken, more in limits)
+        self.taken = (first, second)
+
+    def lacks(self, requests: int, tokens: int) -> list[str]:
+        """Of what there is not enough for one more request."""
+        limits = zip(self.per_minute, self.taken, (requests, tokens), strict=True)
+        words = zip(("requests", "tokens"), limits, strict=True)
+        return [word for word, (most, taken, n) in words if most and taken + min(n, most) > most]
 
     @property
     def available(self) -> int:
@@ -37,6 +54,8 @@ class Hold(msgspec.Struct):
     scopes: tuple[str, ...]
     is_over: bool = False
     """Whether its lease is."""
+    tokens: int | None = None
+    """What was asked for of limits of tokens, when it was admitted under any limit per minute."""
 
 
 class Oracle:
@@ -48,6 +67,8 @@ class Oracle:
         self.outbox: dict[str, tuple[int, tuple[str, ...]]] = {}
         self.epoch = 0
         """Negative while the shard is closed for it; 0: there is none."""
+        self.lacking: list[tuple[str, int]] = []
+        """For what, and on which scope, the last request was refused by a limit per minute."""
 
     def copy(self) -> "Oracle":
         return deepcopy(self)
@@ -56,6 +77,7 @@ class Oracle:
         for scope in self.scopes.values():
             scope.posted, scope.version, scope.epoch = None, 0, 0
             scope.uncommitted = scope.held = scope.open = 0
+            scope.taken = (0, 0)
         self.holds, self.outbox, self.epoch = {}, {}, 0
 
     def _hold(self, names: tuple[str, ...], nanos: int, opened: int) -> None:
@@ -69,7 +91,17 @@ class Oracle:
             if self.scopes[name].kind != "K":
                 self.scopes[name].uncommitted += price
 
-    def admit(self, name: str, names: tuple[str, ...], nanos: int, epoch: int) -> str:
+    def is_rated(self, names: tuple[str, ...]) -> bool:
+        return any(any(self.scopes[each].per_minute) for each in names)
+
+    def pass_time(self, minutes: Fraction) -> None:
+        for scope in self.scopes.values():
+            first, second = (int(limit * minutes) for limit in scope.per_minute)
+            scope.take(-first, -second)
+
+    def admit(
+        self, name: str, names: tuple[str, ...], nanos: int, epoch: int, tokens: int = 0
+    ) -> str:
         if self.epoch != epoch:
             return "epoch" if self.epoch else "lost"
         if name in self.holds or name in self.outbox:
@@ -82,10 +114,16 @@ class Oracle:
                 return "cold"
             if scope.available < nanos:
                 return "short"
-        if any(0 < self.scopes[each].open_max <= self.scopes[each].open for each in names):
-            return "busy"
+        scopes = [self.scopes[each] for each in names]
+        self.lacking = [
+            (word, at) for at, scope in enumerate(scopes, 1) for word in scope.lacks(1, tokens)
+        ]
+        if self.lacking or any(0 < scope.open_max <= scope.open for scope in scopes):
+            return "rate" if self.lacking else "busy"
         self._hold(names, nanos, 1)
-        self.holds[name] = Hold(nanos, "H", names)
+        for scope in scopes:
+            scope.take(1, tokens)
+        self.holds[name] = Hold(nanos, "H", names, tokens=tokens if self.is_rated(names) else None)
         return "admitted"
 
     def forwarded(self, name: str) -> int:
@@ -129,7 +167,7 @@ class Oracle:
                 return "short"
         return ""
 
-    def settle(self, name: str, names: tuple[str, ...], price: int) -> str:
+    def settle(self, name: str, names: tuple[str, ...], price: int, used: int = 0) -> str:
         if name in self.outbox:
             return "exists"
         hold = self.holds.get(name)
@@ -138,6 +176,9 @@ class Oracle:
         if hold is not None:
             self._hold(names, -hold.nanos, -1)
             del self.holds[name]
+            for scope in (self.scopes[each] for each in names):
+                if hold.tokens is not None and scope.per_minute[1]:
+                    scope.take(0, used - min(hold.tokens, scope.per_minute[1]))
         self._owe(names, price)
         self.outbox[name] = (price, names)
         return "unknown" if hold is None else "settled"
@@ -152,6 +193,8 @@ class Oracle:
             return "leased"
         if hold.state != state:
             return "changed"
+        # It puts no tokens right: by now most of them are there again.
+        hold.tokens = None
         return "swept" if self.settle(name, names, price) == "settled" else "refused"
 
     def confirm(

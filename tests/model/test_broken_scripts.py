@@ -106,6 +106,31 @@ BROKEN_FOR_BUDGETS = {
 }
 
 
+# And limits per minute.
+BROKEN_FOR_RATES = {
+    "admit takes nothing from limits per minute": [
+        ("admit", "for _, write in ipairs(writes) do redis.call('HSET', unpack(write)) end", ""),
+    ],
+    "admit takes from a limit what it refuses": [
+        (
+            "admit",
+            "if #write > 1 then writes[#writes + 1] = write end",
+            "if #write > 1 then redis.call('HSET', unpack(write)) end",
+        ),
+    ],
+    "admit never lets a request pass that wants more than there is": [
+        ("admit", "math.min(wanted[j], limit)", "wanted[j]"),
+    ],
+    "settle puts the tokens of one scope right": [
+        ("settle", "taken, i = taken or limit, i + 1", "taken, i = i == 3 and limit, i + 1"),
+    ],
+    "settle forgets the answer": [
+        ("settle", "tonumber(string.match(ARGV[3], '\"output_tokens\":(%d+)') or '0')", "0"),
+    ],
+}
+BROKEN_FOR_SCOPES = BROKEN_FOR_BUDGETS | BROKEN_FOR_RATES
+
+
 def broken(changes: list[tuple[str, str, str]]) -> Scripts:
     scripts = Scripts()
     for name, old, new in changes:
@@ -131,12 +156,12 @@ def test_a_broken_script_is_found(
     assert "/tests/model/" in str(caught.traceback[-1].path)
 
 
-@pytest.mark.parametrize("name", BROKEN_FOR_BUDGETS)
-def test_a_script_that_is_broken_for_budgets_is_found(fresh_till: str, name: str) -> None:
+@pytest.mark.parametrize("name", BROKEN_FOR_SCOPES)
+def test_a_script_that_is_broken_for_budgets_or_rates_is_found(fresh_till: str, name: str) -> None:
     """Some machine breaks a law; which is the smallest of them is nobody's business here."""
     small = bounds(SCRIPTS_MACHINES, phases=(Phase.generate,))
     with (
-        linked(fresh_till, broken(BROKEN_FOR_BUDGETS[name])) as kind,
+        linked(fresh_till, broken(BROKEN_FOR_SCOPES[name])) as kind,
         pytest.raises(AssertionError) as caught,
     ):
         run_state_machine_as_test(seed(1)(kind), settings=small)

@@ -5,8 +5,10 @@ went back to an earlier moment or was emptied.
 """
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from hypothesis import seed
@@ -42,15 +44,19 @@ PAST_MAX = 8
 NAMES = st.integers(0, 5)
 EPOCHS = st.integers(1, 3)
 NANOS = st.integers(0, 60)
+# Limits per minute are used up in shares of 20 tokens, or one request; the till's clock goes on by
+# far less than one share of time while a machine runs.
+TOKENS = st.sampled_from([0, 20, 40, 100, 400])
+SHARE_US, SHARE = 20_000_000, Fraction(1, 3)
 
 
 def new_oracle() -> Oracle:
     return Oracle(
         {
-            "a:1": Scope("A", open_max=4),
+            "a:1": Scope("A", open_max=4, per_minute=(0, 180)),
             "a:2": Scope("A"),
-            "k:1": Scope("K", open_max=2),
-            "k:2": Scope("K"),
+            "k:1": Scope("K", open_max=2, per_minute=(3, 60)),
+            "k:2": Scope("K", per_minute=(6, 60)),
             "k:3": Scope("K"),
             "b:1": Scope("B", limit=90),
             "b:2": Scope("B", limit=120),
@@ -93,20 +99,40 @@ class ScriptsMachine(RuleBasedStateMachine):
         names = BUYERS[n % len(BUYERS)]
         return f"r{n}", f"{PREFIX}h:r{n}", names, tuple(PREFIX + name for name in names)
 
-    @rule(n=NAMES, nanos=NANOS, epoch=EPOCHS)
-    def admit(self, n: int, nanos: int, epoch: int) -> None:
+    @rule(n=NAMES, nanos=NANOS, epoch=EPOCHS, tokens=TOKENS)
+    def admit(self, n: int, nanos: int, epoch: int, tokens: int = 0) -> None:
         name, hold, names, keys = self.of(n)
         limits: list[Arg] = []
         for scope in (self.oracle.scopes[each] for each in names):
             limits += [scope.kind, scope.open_max, scope.limit]
+        if self.oracle.is_rated(names):
+            limits.append(tokens)
+            for scope in (self.oracle.scopes[each] for each in names):
+                limits += scope.per_minute
         request = (epoch, name, nanos, LEASE_MS, "w", "{}")
         all_keys = (EPOCH, OUTBOX, hold, LEASES, *keys)
         answer = self.call(self.scripts.admit, all_keys, *request, *limits)
-        self.ends_like(answer, self.oracle.admit(name, names, nanos, epoch))
+        wanted = self.oracle.admit(name, names, nanos, epoch, tokens)
+        if wanted == "rate":
+            # The one with the longest wait: which that is may be a matter of microseconds.
+            assert (answer[0].decode(), answer[1]) in self.oracle.lacking
+            return
+        self.ends_like(answer, wanted)
+        if wanted == "admitted" and self.oracle.is_rated(names):
+            check_standing(answer[3], [self.oracle.scopes[each] for each in names])
 
-    @rule(n=NAMES, nanos=NANOS)
-    def admit_now(self, n: int, nanos: int) -> None:
-        self.admit(n, nanos, abs(self.oracle.epoch) or 1)
+    @rule(n=NAMES, nanos=NANOS, tokens=TOKENS)
+    def admit_now(self, n: int, nanos: int, tokens: int) -> None:
+        self.admit(n, nanos, abs(self.oracle.epoch) or 1, tokens)
+
+    @rule(shares=st.integers(1, 3))
+    def time_passes(self, shares: int) -> None:
+        """Buckets are full again at a moment: an earlier one is the same as a later now."""
+        self.oracle.pass_time(shares * SHARE)
+        for name in self.oracle.scopes:
+            for field in ("rq", "tk"):
+                if self.command("HEXISTS", PREFIX + name, field):
+                    self.command("HINCRBY", PREFIX + name, field, -shares * SHARE_US)
 
     @rule(n=NAMES)
     def forwarded(self, n: int) -> None:
@@ -135,17 +161,25 @@ class ScriptsMachine(RuleBasedStateMachine):
         wanted = self.oracle.holds[name].nanos + more
         self.renew(int(name[1:]), wanted, abs(self.oracle.epoch) or 1, False)
 
-    @rule(n=NAMES, price=NANOS)
-    def settle(self, n: int, price: int) -> None:
+    @rule(n=NAMES, price=NANOS, used=st.lists(TOKENS, min_size=2, max_size=2))
+    def settle(self, n: int, price: int, used: list[int]) -> None:
         name, hold, names, keys = self.of(n)
         kinds = [self.oracle.scopes[each].kind for each in names]
-        entry = f"{price} {{}}"
-        answer = self.call(
-            self.scripts.settle, (OUTBOX, hold, LEASES, *keys), name, price, entry, *kinds
-        )
-        self.ends_like(answer, self.oracle.settle(name, names, price))
+        tail = ["T"] if any(self.oracle.scopes[each].per_minute[1] for each in names) else []
+        fields = {"input_tokens": used[0], "output_tokens": used[1]}
+        receipt = json.dumps({key: n for key, n in fields.items() if n}, separators=(",", ":"))
+        request: list[Arg] = [name, price, f"{price} {receipt}", *kinds, *tail]
+        answer = self.call(self.scripts.settle, (OUTBOX, hold, LEASES, *keys), *request)
+        self.ends_like(answer, self.oracle.settle(name, names, price, sum(used)))
         if answer != "refused":
             assert answer[1] == self.oracle.scopes[names[0]].available
+
+    @precondition(lambda self: self.oracle.holds)
+    @rule(n=NAMES, price=NANOS, used=st.lists(TOKENS, min_size=2, max_size=2))
+    def settle_open(self, n: int, price: int, used: list[int]) -> None:
+        names = sorted(self.oracle.holds)
+        name = names[n % len(names)]
+        self.settle(int(name[1:]), min(price, self.oracle.holds[name].nanos), used)
 
     @rule(n=NAMES, price=NANOS, state=st.sampled_from("HF"))
     def sweep(self, n: int, price: int, state: str) -> None:
@@ -237,6 +271,7 @@ class ScriptsMachine(RuleBasedStateMachine):
                 assert found.get(field, 0) == getattr(scope, field), (name, field)
             assert int(seen.scope_epochs.get(PREFIX + name) or 0) == scope.epoch, name
             check_sums(oracle, name, scope)
+            check_taken((seen.now_ms + 1) * 1000, found, name, scope)
         assert {name: (h.nanos, h.state) for name, h in seen.holds.items()} == {
             name: (hold.nanos, hold.state) for name, hold in oracle.holds.items()
         }
@@ -255,6 +290,29 @@ def check_sums(oracle: Oracle, name: str, scope: Scope) -> None:
     assert scope.held == is_money * sum(hold.nanos for hold in holds)
     owed = sum(price for price, names in oracle.outbox.values() if name in names)
     assert scope.uncommitted == is_money * owed
+
+
+def check_taken(now_us: int, found: dict[str, int], name: str, scope: Scope) -> None:
+    """What is taken of limits per minute: as the oracle says, or less by what refilled since."""
+    for at, (limit, taken) in enumerate(zip(scope.per_minute, scope.taken, strict=True)):
+        if limit:
+            ahead_us = found.get(("rq", "tk")[at], 0) - now_us
+            share = (1, 20)[at]
+            assert taken - share < Fraction(ahead_us * limit, 60_000_000) <= taken or (
+                taken == 0 and ahead_us <= 0
+            ), (name, at)
+
+
+def check_standing(told: bytes, scopes: list[Scope]) -> None:
+    """The fewest that remain, of requests and tokens."""
+    numbers = [int(word) for word in told.split()]
+    for at, share in enumerate((1, 20)):
+        limited = [scope for scope in scopes if scope.per_minute[at]]
+        if not limited:
+            assert numbers[3 * at : 3 * at + 3] == [0, 0, 0]
+            continue
+        least = min(scope.per_minute[at] - scope.taken[at] for scope in limited)
+        assert least <= numbers[3 * at + 1] < least + share
 
 
 async def _answer(future: asyncio.Future[Any]) -> Any:

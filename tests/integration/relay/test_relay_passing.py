@@ -245,3 +245,10 @@ async def test_browsers_may_ask_without_a_key(relay: Relay, target: str) -> None
     assert "POST" in head.get("access-control-allow-methods")
     assert head.get("content-length") is None
     assert head.get("x-request-id").startswith("req_")
+
+
+async def test_without_limits_per_minute_no_header_speaks_of_them(relay: Relay, key: str) -> None:
+    head = (await relay.call(key, "plain")).head
+
+    assert head is not None
+    assert not [name for name, _ in head.headers if name.startswith("x-ratelimit")]

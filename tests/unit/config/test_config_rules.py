@@ -116,3 +116,19 @@ def test_other_ids_are_refused(name):
 
     assert "expected an id of letters, digits" in problem
     assert "\n" not in problem
+
+
+def test_networks_of_proxies_are_networks():
+    networks = ["10.0.0.0/8", "192.0.2.1", "fd00::/8", "::1/128"]
+    loaded = load(None, {}, {"server.trusted_proxies": networks})
+
+    assert loaded.settings.server.trusted_proxies == tuple(networks)
+    expected = "server.trusted_proxies: expected networks such as 10.0.0.0/8 or ::1/128"
+    for wrong in ("10.0.0.1/8", "proxy.example", "10.0.0.0/33", "*"):
+        assert problems({"server.trusted_proxies": [wrong]}) == (expected,)
+
+
+def test_networks_of_proxies_come_from_the_environment_as_json():
+    environ = {"FAREBOX_SERVER__TRUSTED_PROXIES": '["10.0.0.0/8", "::1/128"]'}
+
+    assert load(None, environ).settings.server.trusted_proxies == ("10.0.0.0/8", "::1/128")
