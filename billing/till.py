@@ -108,7 +108,7 @@ class Till:
         RateLimited, TooManyOpenRequests, AccountFrozen or KeyRevoked; TillUnavailable when there
         was no answer (the hold may exist: settle the request with price 0).
         """
-        assert 0 <= hold_nanos <= NANOS_MAX >= tokens >= 0
+        assert 0 <= hold_nanos <= NANOS_MAX
         hold = (hold_nanos, tokens)
         for _ in range(ADMIT_TRIES):
             epoch = self.epoch.number if self.epoch.is_known else await self._epoch_for_hold()

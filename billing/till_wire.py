@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from billing.money import NANOS_MAX
+
 # Characters of a request id; others are packed, too, but not from a template made before.
 ID_LENGTH = 26
 
@@ -121,6 +123,7 @@ class ScopesWire:
         gaps: tuple[bytes | int, ...]
         gaps = (name, era, epoch, name, held, nanos, lease_and_worker, rest, draft)
         if self.is_rated:
+            assert 0 <= tokens <= NANOS_MAX
             gaps += (len(str(tokens)), tokens)
         return Packed(self._admit.count, template % gaps)
 

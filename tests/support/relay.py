@@ -139,7 +139,7 @@ class Relay:
     async def left_in_till(self) -> list[str]:
         """Holds, leases, outbox entries and amounts that are not zero."""
         left = []
-        async for raw in self._till.scan_iter("fb:*", count=1000):
+        async for raw in self._till.scan_iter("fb:{s*", count=1000):
             key = raw.decode()
             kind = key.split("}:")[1].split(":")[0]
             if kind in {"h", "leases", "outbox"}:

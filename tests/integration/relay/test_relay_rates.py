@@ -173,3 +173,10 @@ async def test_a_refusal_takes_nothing_of_credit(relay: Relay) -> None:
     late = await relay.call(key, "plain", max_tokens=5)
 
     assert [poor.status, paid.status, late.status] == [402, 200, 429]
+
+
+async def test_a_worker_limits_what_is_no_request_too(relay: Relay) -> None:
+    take = relay.services.limiter.take
+    answers = [await take("login:192.0.2.1", 2, 60) for _ in range(3)]
+
+    assert [allowed for allowed, _ in answers] == [True, True, False]
