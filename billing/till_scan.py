@@ -91,7 +91,7 @@ async def tell_account(url: str, state: AccountState, epoch: int) -> str:
     """
     source = Scripts().seed.source
     keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
-    args = (epoch, state.balance_nanos, state.version, state.status)
+    args = (epoch, state.balance_nanos, state.version, state.status, "")
     async with _client(url) as client, _translated():
         reply = await client.execute_command("EVAL", source, len(keys), *keys, *args)
     return str(reply, "ascii")
