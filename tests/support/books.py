@@ -99,12 +99,28 @@ FULL JOIN (SELECT * FROM credit_ledger WHERE reason = 'charge') AS l
     AND l.amount_nanos = -r.price_nanos AND l.app_key_id = r.app_key_id
 WHERE r.request_id IS NULL OR l.reference IS NULL
 """
+# Every charge and adjustment, once, on the day on which its request began.
+WRONG_SPENDS = """
+SELECT l.virtual_key_id, l.day, l.spent, l.rows, s.spent_nanos, s.version
+FROM (
+    SELECT
+        l.virtual_key_id, date_trunc('day', r.started_at, 'UTC') AS day,
+        -sum(l.amount_nanos) AS spent, count(*) AS rows
+    FROM credit_ledger AS l
+    JOIN charge_receipts AS r ON r.request_id::text = l.reference
+    WHERE l.reason IN ('charge', 'adjust')
+    GROUP BY 1, 2
+) AS l
+FULL JOIN scope_spend AS s ON s.virtual_key_id = l.virtual_key_id AND s.window_start = l.day
+WHERE (l.spent, l.rows) IS DISTINCT FROM (s.spent_nanos::numeric, s.version)
+"""
 
 
 async def check_book(pool: Pool) -> None:
-    """Ledgers are gapless and sum up to the balances; charges and priced receipts pair up."""
+    """Ledgers are gapless and sum up to balances and spends; charges and receipts pair up."""
     assert await pool.fetch(BROKEN_ROWS) == []
     assert await pool.fetchval(UNPAIRED) == 0
+    assert await pool.fetch(WRONG_SPENDS) == []
 
 
 async def balance(pool: Pool, account: Account) -> int:
