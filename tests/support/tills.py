@@ -184,7 +184,7 @@ async def look(url: str, scopes: SpendScopes) -> InTill:
 
 
 async def look_with(client: Any, scopes: SpendScopes) -> InTill:
-    account_key, key_key = scopes.scope_keys
+    account_key, key_key = scopes.scope_keys[:2]
     names = [n async for n in client.scan_iter(f"{scopes.hold_prefix}*", count=1000)]
     pipe = client.pipeline(transaction=False)
     pipe.hgetall(account_key).hgetall(key_key).hgetall(scopes.outbox_key).zcard(scopes.leases_key)

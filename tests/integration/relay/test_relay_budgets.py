@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 import redis.asyncio
 
+from billing.errors import KeyLimitReached
+from billing.prices import charge_for
+from billing.receipts import Outcome
 from billing.till_scopes import shard_prefix
+from billing.usage import Usage, UsageSource
 from billing.windows import window_end, window_start
-from gateway.relay.call import Arrival
+from gateway.protocols.chat import read_facts
+from gateway.relay.admit import admit, prepare
+from gateway.relay.call import Arrival, Call
+from gateway.relay.seen import Seen
+from gateway.relay.settle import Bill, end_call
 from keys.principal import WINDOWS, Budget, Window
 from tests.support.growth import (
     OVERRIDES,
@@ -28,7 +36,7 @@ OVERRIDES = {**OVERRIDES, "limits__output_tokens_min": 50}
 SHORT, LONG = "plain:prompt=150,tokens=10", "plain:prompt=20,tokens=500"
 MODELS = zoo(SHORT, LONG, output_tokens_max=2000)
 CREDIT = 10**9
-TEN = {"max_completion_tokens": 10}
+TEN: dict[str, Any] = {"max_completion_tokens": 10}
 HOLD = prompt_nanos(SHORT, **TEN) + 10 * PER_OUTPUT
 
 
@@ -139,33 +147,99 @@ async def test_a_key_without_a_budget_has_no_scope_of_one(relay: Relay, valkey_u
     assert await budget_scopes(relay, key, valkey_url) == {}
 
 
-async def test_a_new_day_begins_anew(
-    relay: Relay, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+async def admit_at(relay: Relay, key: str, moment: datetime) -> Call:
+    """A request that came at that moment, admitted."""
+    services = relay.services
+    caller = await services.authenticator.authenticate({b"authorization": f"Bearer {key}".encode()})
+    arrival = Arrival.now()
+    arrival.started_at = moment.timestamp()
+    facts = read_facts(relay.chat(key, SHORT, **TEN).body)
+    call = prepare(services, arrival, caller, facts)
+    await admit(services, call)
+    return call
+
+
+async def end(relay: Relay, call: Call) -> int:
+    """End it with all that it holds; returns the price."""
+    usage = Usage(input_tokens=call.input_ceiling, output_tokens=10)
+    charge = charge_for(usage, call.rates, None, call.model.markup_bps, call.hold_nanos)
+    bill = Bill(usage=usage, usage_source=UsageSource.PROVIDER, charge=charge)
+    settled = end_call(relay.services, call, Outcome.COMPLETE, bill, Seen())
+    await settled.committed
+    return charge.price_nanos
+
+
+MIDNIGHT = datetime(2031, 3, 3, tzinfo=UTC)  # a Monday
+
+
+@pytest.mark.parametrize(
+    ("window", "begins"),
+    [("day", MIDNIGHT), ("week", MIDNIGHT), ("month", datetime(2031, 3, 1, tzinfo=UTC))],
+)
+async def test_a_new_window_begins_at_midnight(
+    relay: Relay, window: Window, begins: datetime, valkey_url: str
 ) -> None:
     """Which window a request is of is decided by when it came, not by when it ends."""
-    key = await budgeted(relay, HOLD)
-    midnight = window_start("day", datetime.now(UTC)) + timedelta(days=3)
-    now = Arrival.now
+    key = await budgeted(relay, HOLD, window)
+    last = begins - timedelta(microseconds=1)
+    before = await admit_at(relay, key, last)
+    with pytest.raises(KeyLimitReached) as caught:
+        await admit_at(relay, key, last)
+    after = await admit_at(relay, key, begins)  # while the other is still open
+    with pytest.raises(KeyLimitReached):
+        await admit_at(relay, key, begins + timedelta(hours=23))
+    prices = [await end(relay, call) for call in (before, after)]
+    with pytest.raises(KeyLimitReached):
+        await admit_at(relay, key, begins)
 
-    def at(moment: datetime) -> None:
-        def arrival() -> Arrival:
-            found = now()
-            found.started_at = moment.timestamp()
-            return found
-
-        monkeypatch.setattr(Arrival, "now", arrival)
-
-    statuses = []
-    for seconds in (-2, -1, 0, 1):
-        at(midnight + timedelta(seconds=seconds))
-        statuses.append((await relay.call(key, SHORT, **TEN)).status)
-
-    assert statuses == [200, 402, 200, 402]
+    assert caught.value.resets_at == begins
+    assert caught.value.limit_nanos == HOLD
     await relay.at_rest()
-    days = [midnight - timedelta(days=1), midnight]
-    query = "SELECT window_start, spent_nanos, version FROM scope_spend AS s JOIN virtual_keys AS v"
-    query += " ON v.id = s.virtual_key_id WHERE v.billing_account_id = $1 ORDER BY window_start"
+    query = """
+        SELECT window_start, spent_nanos, version FROM scope_spend AS s
+        JOIN virtual_keys AS v ON v.id = s.virtual_key_id
+        WHERE v.billing_account_id = $1 ORDER BY window_start"""
     rows = await relay.gateway.pool.fetch(query, relay.account_of(key))
-    half = await spent_of(relay, key) // 2
-    assert [tuple(row) for row in rows] == [(day, half, 1) for day in days]
-    assert set(await budget_scopes(relay, key, valkey_url)) == {f"{day:%Y%m%d}" for day in days}
+    days = [window_start("day", last), begins]
+    assert [tuple(row) for row in rows] == [
+        (day, price, 1) for day, price in zip(days, prices, strict=True)
+    ]
+    starts = [window_start(window, last), begins]
+    scopes = await budget_scopes(relay, key, valkey_url)
+    assert set(scopes) == {f"{window}:{start:%Y%m%d}" for start in starts}
+    await assert_clean(relay, valkey_url)
+
+
+async def test_a_total_budget_never_begins_anew(relay: Relay) -> None:
+    key = await budgeted(relay, HOLD, "total")
+    await end(relay, await admit_at(relay, key, MIDNIGHT))
+    with pytest.raises(KeyLimitReached) as caught:
+        await admit_at(relay, key, MIDNIGHT + timedelta(days=4000))
+
+    assert caught.value.resets_at is None
+
+
+async def test_a_month_is_the_sum_of_its_days_also_in_a_till_that_lost_it(
+    relay: Relay, valkey_url: str
+) -> None:
+    key = await budgeted(relay, 3 * HOLD, "month")
+    prices = [
+        await end(relay, await admit_at(relay, key, MIDNIGHT + timedelta(days=day)))
+        for day in range(3)
+    ]
+    await relay.at_rest()
+    (name,) = await budget_scopes(relay, key, valkey_url)
+    async with redis.asyncio.from_url(valkey_url) as till:
+        owner = f"{shard_prefix(relay.account_of(key))}b:"
+        (raw,) = [one async for one in till.scan_iter(f"{owner}*")]
+        expires_at = await till.expiretime(raw)
+        await till.delete(raw)
+    with pytest.raises(KeyLimitReached) as caught:
+        await admit_at(relay, key, MIDNIGHT + timedelta(days=20))
+
+    assert name == "month:20310301"
+    assert caught.value.available_nanos == 3 * HOLD - sum(prices)
+    scope = (await budget_scopes(relay, key, valkey_url))[name]
+    assert (scope["posted"], scope["version"]) == (str(sum(prices)), "3")
+    ended_at = datetime(2031, 4, 1, tzinfo=UTC) + timedelta(days=35)
+    assert expires_at == int(ended_at.timestamp())
