@@ -287,7 +287,6 @@ class Till:
             args = (epoch, *_said(state), "", _ends_s(budget))
             if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
                 self.epoch.doubt(epoch)
-            # crash-point: seed.budget_done
 
         await self._reading.run(scopes.scope_keys[-1], read_and_seed)
 
