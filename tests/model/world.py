@@ -41,7 +41,7 @@ RATES = Rates(
 )
 CREDIT = 100_000
 # Of the first account's first key, and of the third account's.
-BUDGETS = {0: 180_000, 2: 120_000}
+BUDGETS = {0: 250_000, 2: 150_000}
 GRACE_S = 15
 SHARDS_USED = ("fb:{s11}:", "fb:{s11}:", "fb:{s22}:")
 # So many moments of the till are remembered, to go back to.
