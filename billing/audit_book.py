@@ -7,6 +7,7 @@ Failure: what asyncpg raises; the caller translates it.
 from collections.abc import AsyncIterator
 from typing import Any
 
+from billing.audit_budgets import check_spends
 from billing.audit_price import ReceiptAudit
 from billing.audit_report import Check, Draft, Invariant
 from billing.book import Connection
@@ -29,6 +30,7 @@ async def check_book(conn: Connection, draft: Draft) -> None:
     await _check_balances(conn, draft[Invariant.LEDGER])
     await _check_charges(conn, draft[Invariant.CHARGES])
     await _check_adjustments(conn, draft[Invariant.CHARGES])
+    await check_spends(conn, draft[Invariant.CHARGES])
     await _check_references(conn, draft[Invariant.CHARGES])
     await _check_deposits(conn, draft[Invariant.DEPOSITS])
     await _check_receipts(conn, draft)

@@ -23,7 +23,8 @@ class Invariant(StrEnum):
     """Seq without gaps, each balance from the one before, the last one the account's."""
     CHARGES = "L2 receipts and charges match"
     """A receipt with a price has exactly one ledger row, a charge has a receipt. What a sweeper
-    guessed is corrected once at most, and to something within the hold."""
+    guessed is corrected once at most, and to something within the hold. What a key spent on a day
+    is the sum of its receipts."""
     MARGIN = "L3 price covers cost"
     """Except overrun, recovered and free calls, which are summed as notes."""
     PRICE = "L4 price recomputes"

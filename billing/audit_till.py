@@ -7,30 +7,27 @@ the till is read first and the book after it.
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import msgspec
 
+from billing.audit_budgets import Disagreement, Wrong, apart, budgets_against_book
 from billing.audit_report import Draft, Invariant
 from billing.book import Connection, translated
 from billing.fleet import read_epoch
 from billing.receipts import ChargeReceipt
-from billing.till_entries import Scope, Shard
+from billing.till_entries import KINDS, Kind, Owner, Scope, Shard, owner_of
 from billing.till_scan import TillScan
 from config.clock import seconds
-from config.ids import id_text, read_id
+from config.ids import read_id
 
 LOOKS = 3
 LOOK_AGAIN_S = seconds(50)
 HOLD_AGE_MAX_S, OUTBOX_AGE_MAX_S = 20 * 60, 60
-Kind = Literal["a", "k"]
-KINDS: tuple[Kind, ...] = ("a", "k")
 # Names of what a scope counts in nanos.
 MONEY = {"held", "uncommitted"}
-OWNER_NAMES = {"a": "billing_account_id", "k": "app_key_id"}
-# What is wrong, what was expected, what was found.
-Wrong = tuple[str, object, object]
+OWNER_NAMES = {"a": "billing_account_id", "k": "app_key_id", "b": "virtual_key_id"}
 
 
 class Totals(msgspec.Struct):
@@ -70,7 +67,7 @@ class _TillAudit:
         self._check = draft[Invariant.TILL]
         self._epochs: dict[str, int] = {}
         # How many scopes were seeded last in which epoch, and one of them.
-        self._scope_epochs: dict[int, tuple[int, UUID]] = {}
+        self._scope_epochs: dict[int, tuple[int, Scope]] = {}
         self._behind = self._other_keys = self._set_aside = 0
         self.totals = Totals()
 
@@ -84,9 +81,9 @@ class _TillAudit:
         await self._check_against_book(shard)
         if shard.epoch is not None:
             self._epochs[shard.name] = shard.epoch
-        for scope in shard.accounts.values():
+        for scope in (*shard.accounts.values(), *shard.budgets.values()):
             if scope.epoch is not None:
-                count, first = self._scope_epochs.get(scope.epoch, (0, scope.owner_id))
+                count, first = self._scope_epochs.get(scope.epoch, (0, scope))
                 self._scope_epochs[scope.epoch] = (count + 1, first)
         self.totals.holds += len(shard.holds)
         self.totals.held_nanos += sum(hold.nanos for hold in shard.holds.values())
@@ -100,10 +97,10 @@ class _TillAudit:
         for name, found in self._epochs.items():
             if abs(found) > epoch:
                 self._check.add("epoch ahead of the book", f"<= {epoch}", found, shard=name)
-        for found, (_, owner_id) in self._scope_epochs.items():
+        for found, (_, scope) in self._scope_epochs.items():
             if found > epoch:
                 what = "scope of an epoch ahead of the book"
-                self._check.add(what, f"<= {epoch}", found, billing_account_id=owner_id)
+                self._check.add(what, f"<= {epoch}", found, **_ids(scope))
         stale = sum(found < epoch for found in self._epochs.values())
         # Nothing is admitted on them before they are seeded again; what they say is still true.
         cold = sum(count for found, (count, _) in self._scope_epochs.items() if found < epoch)
@@ -117,7 +114,7 @@ class _TillAudit:
         note(Invariant.TILL, "keys that this release does not know", self._other_keys)
 
     def _check_readable(self, shard: Shard) -> None:
-        self._check.checked += len(shard.accounts) + len(shard.keys)
+        self._check.checked += sum(1 for kind in KINDS for _ in shard.scopes(kind))
         for bad in shard.garbage:
             what, expected = f"garbage: {bad.what}", "what the scripts write"
             self._check.add(what, expected, bad.found, key=bad.key)
@@ -147,26 +144,23 @@ class _TillAudit:
     async def _check_sums(self, shard: Shard) -> None:
         """L6: held and open are the sums of the holds, uncommitted that of the outbox."""
         for kind in KINDS:
-            for owner_id, parts in _by_owner(shard, kind).items():
+            for parts in _by_owner(shard, kind):
                 wrong = _compare(parts.scope, parts.holds.values(), parts.outbox)
                 if wrong:
-                    await self._check_scope(shard, kind, owner_id, list(parts.holds))
+                    await self._check_scope(shard, parts.scope, list(parts.holds))
 
-    async def _check_scope(
-        self, shard: Shard, kind: Kind, owner_id: UUID, known: list[str]
-    ) -> None:
+    async def _check_scope(self, shard: Shard, owner: Owner, known: list[str]) -> None:
         wrong: list[Wrong] = []
         for again in range(LOOKS):
             if again:
                 await asyncio.sleep(LOOK_AGAIN_S)
-            look = await self._till.look(shard, kind, owner_id, known)
+            look = await self._till.look(shard, owner, known)
             wrong = _compare(look.scope, look.holds.values(), look.outbox.values())
             if not wrong:
                 return
         for what, expected, found in wrong:
-            drift = _apart(expected, found) if what in MONEY else 0
-            ids = {OWNER_NAMES[kind]: owner_id}
-            self._check.add_drift(drift, what, expected, found, **ids)
+            drift = apart(expected, found) if what in MONEY else 0
+            self._check.add_drift(drift, what, expected, found, **_ids(owner))
 
     async def _check_leases(self, shard: Shard) -> None:
         """A hold and its lease come and go together."""
@@ -196,23 +190,29 @@ class _TillAudit:
                 self._check.add("at rest", "no hold, no outbox", found, request=request_id)
 
     async def _check_against_book(self, shard: Shard) -> None:
-        """L6: every state that the till was told is a row of the ledger."""
-        told = [scope for scope in shard.accounts.values() if scope.version is not None]
-        wrong: list[tuple[UUID, Wrong, int]] = []
+        """L6: every state that the till was told is one that the book has, or had."""
+        scopes = (*shard.accounts.values(), *shard.budgets.values())
+        told = [scope for scope in scopes if scope.version is not None]
+        wrong: list[Disagreement] = []
         for again in range(LOOKS):
             if again:
                 await asyncio.sleep(LOOK_AGAIN_S)
-                told = await self._read_again(shard, [owner_id for owner_id, *_ in wrong])
-            wrong, behind = await _against_book(self._conn, told)
-            self._behind += 0 if again else behind
+                told = await self._read_again(shard, [scope for scope, *_ in wrong])
+            wrong, behind = await _against_book(
+                self._conn, [scope for scope in told if scope.budget is None]
+            )
+            of_budgets, behind_too = await budgets_against_book(
+                self._conn, [scope for scope in told if scope.budget is not None]
+            )
+            wrong += of_budgets
+            self._behind += 0 if again else behind + behind_too
             if not wrong:
                 return
-        for owner_id, said, drift in wrong:
-            self._check.add_drift(drift, *said, billing_account_id=owner_id)
+        for scope, said, drift in wrong:
+            self._check.add_drift(drift, *said, **_ids(scope))
 
-    async def _read_again(self, shard: Shard, owners: list[UUID]) -> list[Scope]:
-        keys = {owner_id: f"{shard.prefix}a:{id_text(owner_id)}" for owner_id in owners}
-        found = [await self._till.read_scope("a", owner, key) for owner, key in keys.items()]
+    async def _read_again(self, shard: Shard, owners: list[Scope]) -> list[Scope]:
+        found = [await self._till.read_scope(shard.prefix, owner) for owner in owners]
         return [scope for scope in found if scope is not None and scope.version is not None]
 
 
@@ -224,9 +224,7 @@ LEFT JOIN credit_ledger AS l ON l.billing_account_id = t.account_id AND l.seq = 
 """
 
 
-async def _against_book(
-    conn: Connection, told: list[Scope]
-) -> tuple[list[tuple[UUID, Wrong, int]], int]:
+async def _against_book(conn: Connection, told: list[Scope]) -> tuple[list[Disagreement], int]:
     """What is wrong of which account and by how many nanos; how many are behind the book.
 
     To be behind is allowed.
@@ -235,15 +233,16 @@ async def _against_book(
     versions = [scope.version for scope in scopes.values()]
     async with translated():
         rows = await conn.fetch(SELECT_STATES_TOLD, list(scopes), versions)
-    wrong: list[tuple[UUID, Wrong, int]] = []
+    wrong: list[Disagreement] = []
     behind = 0
     for row in rows:
-        posted = scopes[row["account_id"]].posted
+        scope = scopes[row["account_id"]]
+        posted = scope.posted
         said = _disagrees(row, posted)
         if said is not None:
             there = row["balance_after_nanos"]
-            drift = _apart(row["balance_nanos"] if there is None else there, posted)
-            wrong.append((row["account_id"], said, max(drift, 1)))
+            drift = apart(row["balance_nanos"] if there is None else there, posted)
+            wrong.append((scope, said, max(drift, 1)))
         else:
             behind += row["told"] < row["version"]
     return wrong, behind
@@ -271,30 +270,29 @@ class _Parts(msgspec.Struct):
     outbox: list[int] = []
 
 
-def _by_owner(shard: Shard, kind: Kind) -> dict[UUID, _Parts]:
-    scopes = shard.accounts if kind == "a" else shard.keys
-    parts = {owner_id: _Parts(scope) for owner_id, scope in scopes.items()}
+def _by_owner(shard: Shard, kind: Kind) -> Iterable[_Parts]:
+    parts = {scope.name: _Parts(scope) for scope in shard.scopes(kind)}
 
-    def of(receipt: ChargeReceipt) -> _Parts:
-        key_id = receipt.app_key_id or receipt.virtual_key_id
-        owner_id = receipt.billing_account_id if kind == "a" else key_id
-        return parts.setdefault(owner_id, _Parts(Scope(kind=kind, owner_id=owner_id)))
+    def of(receipt: ChargeReceipt | None) -> _Parts | None:
+        owner = None if receipt is None else owner_of(kind, receipt)
+        if owner is None:
+            return None
+        blank = Scope(kind=kind, owner_id=owner.owner_id, budget=owner.budget)
+        return parts.setdefault(owner.name, _Parts(blank))
 
     for hold in shard.holds.values():
-        if hold.draft is not None:
-            of(hold.draft).holds[hold.request_id] = hold.nanos
+        if (found := of(hold.draft)) is not None:
+            found.holds[hold.request_id] = hold.nanos
     for entry in shard.outbox.values():
-        if entry.receipt is not None:
-            of(entry.receipt).outbox.append(entry.price_nanos)
-    return parts
+        if (found := of(entry.receipt)) is not None:
+            found.outbox.append(entry.price_nanos)
+    return parts.values()
 
 
 def _compare(scope: Scope, holds: Collection[int], outbox: Iterable[int]) -> list[Wrong]:
-    """A key counts open requests and no money."""
-    is_account = scope.kind == "a"
     expected = {
-        "held": sum(holds) if is_account else 0,
-        "uncommitted": sum(outbox) if is_account else 0,
+        "held": sum(holds) if scope.has_money else 0,
+        "uncommitted": sum(outbox) if scope.has_money else 0,
         "open": len(holds),
     }
     found = {"held": scope.held, "uncommitted": scope.uncommitted, "open": scope.open}
@@ -304,10 +302,12 @@ def _compare(scope: Scope, holds: Collection[int], outbox: Iterable[int]) -> lis
     return wrong + [(f"negative {name}", ">= 0", n) for name, n in found.items() if n < 0]
 
 
-def _apart(expected: object, found: object) -> int:
-    """By how many nanos two amounts differ; what is not there counts as nothing."""
-    first, second = (n if isinstance(n, int) else 0 for n in (expected, found))
-    return abs(first - second)
+def _ids(owner: Owner) -> dict[str, UUID | str]:
+    """As a finding shows them."""
+    ids: dict[str, UUID | str] = {OWNER_NAMES[owner.kind]: owner.owner_id}
+    if owner.budget is not None:
+        ids["budget"] = f"{owner.budget.window} from {owner.budget.starts_at:%Y-%m-%d}"
+    return ids
 
 
 def begun_ms(request_id: str, otherwise_ms: int) -> int:

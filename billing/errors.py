@@ -1,5 +1,6 @@
 """What can go wrong with money. Refusals say what the caller can do; the edge maps them to HTTP."""
 
+from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
@@ -24,6 +25,23 @@ class InsufficientCredit(Refusal):
         super().__init__()
         self.needed_nanos = needed_nanos
         self.available_nanos = available_nanos
+
+
+class KeyLimitReached(InsufficientCredit):
+    """What the key may spend in this window of its budget does not pay for the most it may cost."""
+
+    def __init__(
+        self,
+        *,
+        needed_nanos: int,
+        available_nanos: int,
+        limit_nanos: int,
+        resets_at: datetime | None,
+    ) -> None:
+        """resets_at: when the next window begins; None: never."""
+        super().__init__(needed_nanos=needed_nanos, available_nanos=available_nanos)
+        self.limit_nanos = limit_nanos
+        self.resets_at = resets_at
 
 
 class TooManyOpenRequests(Refusal):

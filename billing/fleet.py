@@ -9,7 +9,9 @@ from typing import Any
 from uuid import UUID
 
 from billing.book import Connection, Pool, acquire, read_account, translated
-from billing.till_epoch import AccountState, Epoch
+from billing.budgets import read_windows
+from billing.till_epoch import AccountState, Epoch, SpendState
+from billing.till_scopes import BudgetScope
 
 # A worker says that it lives every few seconds (gateway.holds); one that was not heard of
 # for this long is dead or cut off.
@@ -28,6 +30,11 @@ class PoolBook:
     async def read_account(self, account_id: UUID) -> AccountState:
         async with acquire(self._pool) as conn:
             return await read_account(conn, account_id)
+
+    async def read_budget(self, budget: BudgetScope) -> SpendState:
+        async with acquire(self._pool) as conn:
+            (state,) = await read_windows(conn, [budget])
+        return state
 
     async def read_epoch(self) -> Epoch:
         async with acquire(self._pool) as conn:

@@ -16,7 +16,7 @@ SELECT
     reported_cost_usd, provider_cost_nanos, price_nanos, markup_bps, price_version, hold_nanos,
     overrun_nanos, cost_source, usage_source, outcome, provenance, upstream_id,
     upstream_request_id, run_id, attempt, failed_attempts, graph_id, client_retry_count,
-    client_request_id, started_at, first_byte_at, finished_at, posted_at
+    client_request_id, started_at, first_byte_at, finished_at, posted_at, budget_window
 FROM charge_receipts
 WHERE request_id = $1 AND ($2::uuid IS NULL OR billing_account_id = $2)
 """

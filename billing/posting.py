@@ -17,7 +17,8 @@ from billing.till_epoch import AccountState
 from billing.usage import UsageSource
 
 # The locks are taken in the order of the ids, all of them before the first insert (the count
-# forces it): without that order batches of several workers deadlock within seconds.
+# forces it): without that order batches of several workers deadlock within seconds. They guard the
+# rows of scope_spend, too: a virtual key is of one account.
 POST_RECEIPTS = """
 WITH batch AS MATERIALIZED (
     SELECT *
@@ -32,7 +33,7 @@ WITH batch AS MATERIALIZED (
         provenance text, upstream_id text, upstream_request_id text, run_id text,
         attempt integer, failed_attempts jsonb, graph_id text, client_retry_count integer,
         client_request_id text, started_at timestamptz, first_byte_at timestamptz,
-        finished_at timestamptz
+        finished_at timestamptz, budget_window text
     )
 ),
 locked AS MATERIALIZED (
@@ -52,13 +53,25 @@ new_receipts AS (
         reported_cost_usd, provider_cost_nanos, price_nanos, markup_bps, price_version,
         hold_nanos, overrun_nanos, cost_source, usage_source, outcome, provenance,
         upstream_id, upstream_request_id, run_id, attempt, failed_attempts, graph_id,
-        client_retry_count, client_request_id, started_at, first_byte_at, finished_at
+        client_retry_count, client_request_id, started_at, first_byte_at, finished_at,
+        budget_window
     )
     SELECT $2, $3, batch.*
     FROM batch
     WHERE (SELECT count(*) FROM locked) > 0
     ON CONFLICT DO NOTHING
-    RETURNING request_id, billing_account_id, virtual_key_id, app_key_id, price_nanos
+    RETURNING
+        request_id, billing_account_id, virtual_key_id, app_key_id, price_nanos, started_at
+),
+spends AS (
+    INSERT INTO scope_spend AS s (virtual_key_id, window_start, spent_nanos, version)
+    SELECT virtual_key_id, date_trunc('day', started_at, 'UTC'), sum(price_nanos), count(*)
+    FROM new_receipts
+    WHERE price_nanos > 0
+    GROUP BY 1, 2
+    ON CONFLICT (virtual_key_id, window_start) DO UPDATE
+    SET spent_nanos = s.spent_nanos + excluded.spent_nanos,
+        version = s.version + excluded.version
 ),
 charges AS MATERIALIZED (
     SELECT
@@ -130,7 +143,9 @@ async def post_receipts(conn: Connection, receipts: Sequence[ChargeReceipt]) -> 
 
 # What a sweeper had put in for a worker that lived after all; locked as everywhere, by account.
 SELECT_GUESSED = """
-SELECT r.request_id, r.price_nanos, r.hold_nanos, a.id, a.balance_nanos, a.version
+SELECT
+    r.request_id, r.virtual_key_id, r.price_nanos, r.hold_nanos, r.started_at,
+    a.id, a.balance_nanos, a.version
 FROM charge_receipts AS r
 JOIN billing_accounts AS a ON a.id = r.billing_account_id
 WHERE r.request_id = ANY($1::uuid[]) AND r.usage_source = 'checkpoint'
@@ -154,6 +169,13 @@ UPDATE billing_accounts
 SET balance_nanos = $2, version = $3
 WHERE id = $1
 RETURNING id, balance_nanos, version
+"""
+# A row may be missing only when nothing was spent on that day yet.
+ADJUST_SPEND = """
+INSERT INTO scope_spend AS s (virtual_key_id, window_start, spent_nanos, version)
+VALUES ($1, date_trunc('day', $2::timestamptz, 'UTC'), greatest($3::bigint, 0), 1)
+ON CONFLICT (virtual_key_id, window_start) DO UPDATE
+SET spent_nanos = s.spent_nanos + $3, version = s.version + 1
 """
 
 
@@ -183,6 +205,8 @@ async def _adjust_late(
             new = await conn.fetchrow(INSERT_ADJUSTMENT, *row, *keys, _reason(receipt))
             if new is not None:
                 state = await conn.fetchrow(UPDATE_ADJUSTED, *new.values())
+                day = (guessed["virtual_key_id"], guessed["started_at"])
+                await conn.execute(ADJUST_SPEND, *day, -amount)
                 assert state is not None  # the ledger row just written refers to it
                 changed[state["id"]] = account_state(state, "")
                 # crash-point: adjust.written

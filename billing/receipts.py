@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
+from typing import Literal
 from uuid import UUID
 
 import msgspec
 
 from billing.prices import CostSource
 from billing.usage import UsageSource
+from billing.windows import Window
 
 SOURCE_SYSTEM = "farebox"
 CHARGE_REASON = "llm_call"
@@ -52,7 +54,7 @@ class FailedAttempt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChargeReceipt(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One row of charge_receipts, in the order of the columns of a batch in book.py.
+    """One row of charge_receipts, in the order of the columns of a batch in posting.py.
 
     In JSON a field that has its default is left out: half of the bytes in the till.
     """
@@ -95,6 +97,8 @@ class ChargeReceipt(msgspec.Struct, kw_only=True, omit_defaults=True):
     started_at: datetime
     first_byte_at: datetime | None = None
     finished_at: datetime
+    budget_window: Window | Literal[""] = ""
+    """Of the budget that it was held on; which of these windows, `started_at` says."""
 
 
 # What comes from outside is cut to this before it goes into a row.

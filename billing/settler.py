@@ -10,18 +10,19 @@ and stays in the till's outbox, where `audit` finds it; the others of its batch 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
 import msgspec
 
 from billing.book import BookRefused, Pool, acquire
+from billing.budgets import read_budgets
 from billing.errors import BookUnavailable, TillRefused, TillUnavailable
 from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, clean_texts, encode_receipt
 from billing.till import Confirmation, Till
-from billing.till_epoch import AccountState
+from billing.till_epoch import AccountState, SpendState
 from billing.till_scopes import SpendScopes
 from config.clock import Seconds, seconds
 
@@ -43,8 +44,9 @@ class Settled(msgspec.Struct, eq=False):
     submitted_at: Seconds
 
 
-# Receipts of one account that one commit brought into the book, and what it returned.
-_Group = tuple[AccountState, list[Settled]]
+# Receipts of one account that one commit brought into the book, what it returned, and what the
+# book said after it of every budget of the batch.
+_Group = tuple[AccountState, list[Settled], Mapping[str, SpendState]]
 
 
 class Settler:
@@ -202,7 +204,7 @@ class Settler:
         size = min(len(self._unconfirmed), CONFIRMS_AT_ONCE)
         groups = self._confirming = [self._unconfirmed.popleft() for _ in range(size)]
         # A settle still on its way must arrive first, or it would bring the outbox entry back.
-        await _ended([settled.till_reply for _, group in groups for settled in group])
+        await _ended([settled.till_reply for _, group, _ in groups for settled in group])
         replies = [self._till.confirm(_confirmation(*group)) for group in groups]
         # crash-point: confirm.queued
         await _ended(replies)
@@ -222,6 +224,7 @@ class Settler:
                 # crash-point: commit.begin
                 async with acquire(self._pool) as conn:
                     states = await post_receipts(conn, [settled.receipt for settled in batch])
+                    budgets = await read_budgets(conn, (settled.scopes for settled in batch))
             except BookUnavailable as exc:
                 self._on_result("retried", len(batch))
                 cause = f"{type(exc.__cause__).__name__}: {exc.__cause__}"
@@ -246,7 +249,7 @@ class Settler:
             if not settled.committed.done():
                 settled.committed.set_result(None)
         for state in states:
-            self._unconfirmed.append((state, by_account[state.account_id]))
+            self._unconfirmed.append((state, by_account[state.account_id], budgets))
         while len(self._unconfirmed) > CONFIRMS_WAITING_MAX:
             self._unconfirmed.popleft()
         self._wake_confirms.set()
@@ -270,9 +273,11 @@ def _is_in_till(reply: asyncio.Future[Any]) -> bool:
     return reply.done() and reply.exception() is None
 
 
-def _confirmation(state: AccountState, group: list[Settled]) -> Confirmation:
+def _confirmation(
+    state: AccountState, group: list[Settled], budgets: Mapping[str, SpendState]
+) -> Confirmation:
     receipts = [(settled.scopes, settled.request_id) for settled in group]
-    return Confirmation(state=state, receipts=receipts)
+    return Confirmation(state=state, receipts=receipts, budgets=budgets)
 
 
 def _is_heard(reply: asyncio.Future[Any]) -> bool:

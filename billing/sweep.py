@@ -16,16 +16,18 @@ from typing import Any
 import msgspec
 
 from billing.book import BookRefused, Pool, acquire
+from billing.budgets import read_budgets
 from billing.errors import TillRefused
 from billing.fleet import living
 from billing.posting import post_receipts
 from billing.prices import Rates
 from billing.prices_store import find_rates
+from billing.receipt_scopes import scopes_of
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.recover import recovered_receipt
 from billing.till import Confirmation, Till
 from billing.till_epoch import SHARDS
-from billing.till_scopes import SpendScopes, shard_prefix, spend_scopes
+from billing.till_scopes import SpendScopes, shard_prefix
 from config.clock import Seconds, utc_now
 
 log = logging.getLogger("billing.sweep")
@@ -261,15 +263,18 @@ class Sweeper:
         """
         async with acquire(self._pool) as conn:
             states = await post_receipts(conn, receipts)
+            scopes = [scopes_of(receipt) for receipt in receipts]
+            budgets = await read_budgets(conn, scopes)
         # crash-point: takeover.done
         by_account: dict[Any, list[tuple[SpendScopes, str]]] = {}
-        for receipt in receipts:
-            entry = (scopes_of(receipt), receipt.source_reference)
+        for receipt, held_on in zip(receipts, scopes, strict=True):
+            entry = (held_on, receipt.source_reference)
             by_account.setdefault(receipt.billing_account_id, []).append(entry)
         for state in states:
             entries = by_account[state.account_id]
             try:
-                await self._till.confirm(Confirmation(state=state, receipts=entries))
+                confirmation = Confirmation(state=state, receipts=entries, budgets=budgets)
+                await self._till.confirm(confirmation)
             except TillRefused as exc:
                 # They are in the book; the till keeps its entries until somebody mends it.
                 self._say_once(entries[0][0].scope_keys[0], exc.reply)
@@ -294,9 +299,3 @@ class Sweeper:
         if request_id not in self._garbage and len(self._garbage) < SEEN_MAX:
             self._garbage.add(request_id)
             log.error("sweep.unreadable", extra={"request_id": request_id, "reason": reason})
-
-
-def scopes_of(receipt: ChargeReceipt) -> SpendScopes:
-    """The scopes that a request was held on: its receipt names their owners."""
-    key_id = receipt.app_key_id or receipt.virtual_key_id
-    return spend_scopes(receipt.billing_account_id, key_id)

@@ -8,6 +8,7 @@ Failure: TillUnavailable when it does not answer within two tries; the request i
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NoReturn
 from uuid import UUID
@@ -18,6 +19,7 @@ from billing.errors import (
     AccountFrozen,
     BookUnavailable,
     InsufficientCredit,
+    KeyLimitReached,
     KeyRevoked,
     TillRebuilding,
     TillRefused,
@@ -28,10 +30,10 @@ from billing.money import NANOS_MAX
 from billing.receipts import ChargeReceipt, encode_receipt
 from billing.single_flight import SingleFlight
 from billing.standing import Standings, read_standings
-from billing.till_epoch import AccountState, TillBook, TillEpoch
+from billing.till_epoch import AccountState, SpendState, TillBook, TillEpoch
 from billing.till_link import Arg, Script, TillLink
 from billing.till_rates import OVER_RATE, over_rate, rate_script
-from billing.till_scopes import SpendScopes, account_scope_key, shard_prefix
+from billing.till_scopes import BudgetScope, SpendScopes, account_scope_key, shard_prefix
 from billing.till_wire import Packed, Renewal, words
 from config.clock import Seconds
 
@@ -39,8 +41,8 @@ log = logging.getLogger("billing.till")
 # A refusal for want of credit asks the book first, but not more often than this for an account.
 REFRESH_EVERY_MS = 1000
 REFRESH_REMEMBERED_MAX = 10_000
-# The first answer may be lost, then cold, then short: each is mended once.
-ADMIT_TRIES = 5
+# The first answer may be lost, then cold, also of a budget, then short: each is mended once.
+ADMIT_TRIES = 6
 _PLACED = frozenset((b"admitted", b"exists"))
 _OF_NO_EPOCH = frozenset((b"epoch", b"lost"))
 
@@ -58,7 +60,7 @@ class Scripts:
         self.forwarded = _script("forwarded_v1")
         self.settle = _script("settle_v2")
         self.confirm = _script("confirm_v1")
-        self.seed = _script("seed_v2")
+        self.seed = _script("seed_v3")
         self.renew = _script("renew_v1")
         self.sweep = _script("sweep_v1")
         self.shard = _script("shard_v2")
@@ -73,6 +75,8 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
 
     state: AccountState
     receipts: list[tuple[SpendScopes, str]]
+    budgets: Mapping[str, SpendState] = {}
+    """Of the budgets among their scopes, and maybe of others, by their keys."""
 
 
 class Till:
@@ -150,8 +154,8 @@ class Till:
         """Mend what kept a hold from being placed; raise when it is a refusal that stands."""
         status, index, nanos = reply[0].decode(), reply[1], reply[2]
         if status == "cold":
-            await self.seed_from_book(scopes.account_id)
-        elif not await self._refreshed(status, scopes.account_id):
+            await (self.seed_from_book(scopes.account_id) if index == 1 else self._warm(scopes))
+        elif index > 1 or not await self._refreshed(status, scopes.account_id):
             _refuse(status, scopes, index, hold_nanos, nanos)
 
     async def trace(self, scopes: SpendScopes, request_id: str) -> tuple[int, bool]:
@@ -206,7 +210,10 @@ class Till:
         assert 0 <= renewal.hold_nanos <= NANOS_MAX
         keys = (scopes.epoch_key, scopes.outbox_key, scopes.leases_key)
         holds = (scopes.hold_prefix + renewal.request_id, *scopes.scope_keys)
-        limits: list[Arg] = [part for kind in scopes.kinds for part in (kind, 0)]
+        most = scopes.budget.limit_nanos if scopes.budget is not None else 0
+        limits: list[Arg] = [
+            part for kind in scopes.kinds for part in (kind, most if kind == "B" else 0)
+        ]
         state = "F" if renewal.is_forwarded else "H"
         worker = self.worker if renewal.is_new else ""
         request: list[Arg] = [self.epoch.number, renewal.request_id, self._lease_ms, state]
@@ -250,7 +257,8 @@ class Till:
             for key, kind in zip(scopes.scope_keys, scopes.kinds, strict=True):
                 if key not in places:
                     places[key] = len(places) + 1
-                    news += [kind, "", ""]
+                    told = confirmation.budgets.get(key)
+                    news += [kind, "", ""] if told is None else [kind, *_said(told)]
             holds.append(scopes.hold_prefix + request_id)
             entries += [request_id, ",".join(str(places[key]) for key in scopes.scope_keys)]
         keys = (first.outbox_key, first.leases_key, *places, *holds)
@@ -268,6 +276,27 @@ class Till:
 
         await self._reading.run(account_id, read_and_seed)
 
+    async def seed_all(self, scopes: SpendScopes) -> None:
+        """The same for every scope of a request that has money."""
+        await self.seed_from_book(scopes.account_id)
+        if scopes.budget is not None:
+            await self._warm(scopes)
+
+    async def _warm(self, scopes: SpendScopes) -> None:
+        """Tell the till what the book says of a budget, once for all who ask for it."""
+        budget = scopes.budget
+        assert budget is not None
+
+        async def read_and_seed() -> None:
+            epoch = await self._known_epoch()  # older than the reading, as for accounts
+            state = await self._book.read_budget(budget)
+            keys = (scopes.epoch_key, scopes.scope_keys[-1])
+            args = (epoch, *_said(state), "", _ends_s(budget))
+            if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
+                self.epoch.doubt(epoch)
+
+        await self._reading.run(scopes.scope_keys[-1], read_and_seed)
+
     async def seed(self, state: AccountState) -> None:
         """Write the book's state of an account unless the till's is as new. Idempotent."""
         await self._seed(state, await self._known_epoch())
@@ -277,7 +306,7 @@ class Till:
 
     async def _seed(self, state: AccountState, epoch: int) -> None:
         keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
-        args = (epoch, state.balance_nanos, state.version, state.status)
+        args = (epoch, state.balance_nanos, state.version, state.status, "")
         if await self.link.run(self._scripts.seed, keys, args) == b"epoch":
             self.epoch.doubt(epoch)
 
@@ -325,7 +354,7 @@ class Till:
 
 def _refuse(status: str, scopes: SpendScopes, index: int, needed: int, nanos: int) -> NoReturn:
     if status == "short":
-        raise InsufficientCredit(needed_nanos=needed, available_nanos=nanos)
+        _refuse_short(scopes, index, needed, nanos)
     if status == "busy":
         scope = "account" if index == 1 else "key"
         raise TooManyOpenRequests(scope=scope, limit=scopes.limits[index - 1].open_requests)
@@ -334,6 +363,28 @@ def _refuse(status: str, scopes: SpendScopes, index: int, needed: int, nanos: in
     if status == "revoked":
         raise KeyRevoked
     raise TillRefused(status)
+
+
+def _refuse_short(scopes: SpendScopes, index: int, needed: int, nanos: int) -> NoReturn:
+    budget = scopes.budget
+    if index == 1 or budget is None:
+        raise InsufficientCredit(needed_nanos=needed, available_nanos=nanos)
+    raise KeyLimitReached(
+        needed_nanos=needed,
+        available_nanos=nanos,
+        limit_nanos=budget.limit_nanos,
+        resets_at=budget.ends_at,
+    )
+
+
+def _said(state: SpendState) -> tuple[int, int]:
+    return state.spent_nanos, state.version
+
+
+def _ends_s(budget: BudgetScope) -> Arg:
+    """When its window ends, in seconds since 1970; '': never."""
+    ends_at = budget.ends_at
+    return "" if ends_at is None else int(ends_at.timestamp())
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

@@ -5,16 +5,19 @@ listed as garbage, never guessed and never raised.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, cast, get_args
 from uuid import UUID
 
 import msgspec
 
 from billing.money import NANOS_MAX
+from billing.receipt_scopes import budget_of
 from billing.receipts import ChargeReceipt, decode_receipt
-from billing.till_scopes import shard_prefix
-from config.ids import read_id
+from billing.till_scopes import BudgetScope, budget_name, shard_prefix
+from billing.windows import Window, window_start
+from config.ids import id_text, read_id
 
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,15}")
 STATES = {"H", "F"}
@@ -22,13 +25,49 @@ STATUSES = {"", "active", "frozen", "revoked"}
 PLAINTEXT_KEY = re.compile(rb"fb_(?:live|test|op)_[0-9A-Za-z]{38}")
 EXCERPT_BYTES = 40
 WRONG_TYPE = "type"
+Kind = Literal["a", "k", "b"]
+KINDS: tuple[Kind, ...] = ("a", "k", "b")
 
 
-class Scope(msgspec.Struct, frozen=True, kw_only=True):
-    """An account (`a`) or a key (`k`). None: the till was not told yet."""
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose scope it is: an account's (`a`), a key's (`k`), a virtual key's budget's (`b`)."""
 
-    kind: Literal["a", "k"]
+    kind: Kind
     owner_id: UUID
+    budget: BudgetScope | None = None
+
+    @property
+    def name(self) -> str:
+        """Its key in the till, without the prefix of the shard."""
+        ident = id_text(self.owner_id) if self.budget is None else budget_name(self.budget)
+        return f"{self.kind}:{ident}"
+
+    @property
+    def has_money(self) -> bool:
+        """A key counts open requests and no money."""
+        return self.kind != "k"
+
+
+def owner_of(kind: Kind, receipt: ChargeReceipt) -> Owner | None:
+    """Whose scope of that kind the request was held on; None when it was held on none."""
+    if kind == "a":
+        return Owner(kind=kind, owner_id=receipt.billing_account_id)
+    if kind == "k":
+        return Owner(kind=kind, owner_id=receipt.app_key_id or receipt.virtual_key_id)
+    budget = budget_of(receipt)
+    if budget is None:
+        return None
+    return Owner(kind=kind, owner_id=budget.virtual_key_id, budget=budget)
+
+
+def owners_of(receipt: ChargeReceipt) -> list[Owner]:
+    """Whose scopes the request was held on."""
+    return [owner for kind in KINDS if (owner := owner_of(kind, receipt)) is not None]
+
+
+class Scope(Owner, frozen=True, kw_only=True):
+    """What the till says of one. None: it was not told yet."""
+
     posted: int | None = None
     version: int | None = None
     uncommitted: int = 0
@@ -73,6 +112,8 @@ class Shard(msgspec.Struct, kw_only=True):
     epoch: int | None = None
     accounts: dict[UUID, Scope] = {}
     keys: dict[UUID, Scope] = {}
+    budgets: dict[str, Scope] = {}
+    """By their names."""
     holds: dict[str, Hold] = {}
     outbox: dict[str, OutboxEntry] = {}
     leases: dict[str, int] = {}
@@ -86,6 +127,14 @@ class Shard(msgspec.Struct, kw_only=True):
     set_aside: int = 0
     """Keys that a rebuild could not read and kept for a person to look at."""
     is_cut: bool = False
+
+    def scopes(self, kind: Kind) -> Iterable[Scope]:
+        by_kind: dict[Kind, Iterable[Scope]] = {
+            "a": self.accounts.values(),
+            "k": self.keys.values(),
+            "b": self.budgets.values(),
+        }
+        return by_kind[kind]
 
     @property
     def is_whole(self) -> bool:
@@ -147,7 +196,7 @@ class Parser:
         """One hash of the shard: an account's scope, a key's, or a hold."""
         key = raw_key.decode("utf-8", "backslashreplace")
         kind, _, ident = key.removeprefix(self._prefix).partition(":")
-        known, owner_id = len(self.garbage), None
+        known, owner = len(self.garbage), None
         if not fields:
             return  # gone since the scan
         if isinstance(fields, Exception):
@@ -155,17 +204,19 @@ class Parser:
         elif kind == "h":
             shard.holds[ident] = self._hold(key, ident, fields)
         else:
-            owner_id = self._owner(key, kind, ident)
+            owner = self._owner(key, kind, ident)
         if len(self.garbage) > known:
             shard.odd_keys.append(raw_key)
-        elif kind != "h" and owner_id is not None:
+        elif owner is not None:
             # A wrong number in it is not odd: it can be computed.
-            scopes = shard.accounts if kind == "a" else shard.keys
-            scopes[owner_id] = self.scope("a" if kind == "a" else "k", owner_id, key, fields)
+            scope = self.scope(owner, key, fields)
+            if owner.kind == "b":
+                shard.budgets[owner.name] = scope
+            else:
+                scopes = shard.accounts if owner.kind == "a" else shard.keys
+                scopes[owner.owner_id] = scope
 
-    def scope(
-        self, kind: Literal["a", "k"], owner_id: UUID, key: str, fields: Mapping[bytes, Any]
-    ) -> Scope:
+    def scope(self, owner: Owner, key: str, fields: Mapping[bytes, Any]) -> Scope:
         posted, version = fields.get(b"posted"), fields.get(b"version")
         if (posted is None) != (version is None):
             self._bad(key, "posted and version", "only one of them is there")
@@ -173,8 +224,9 @@ class Parser:
         if status not in STATUSES:
             self._bad(key, "status", status)
         return Scope(
-            kind=kind,
-            owner_id=owner_id,
+            kind=owner.kind,
+            owner_id=owner.owner_id,
+            budget=owner.budget,
             posted=None if posted is None else self.integer(key, "posted", posted),
             version=None if version is None else self.integer(key, "version", version),
             uncommitted=self.integer(key, "uncommitted", fields.get(b"uncommitted", b"0")),
@@ -233,15 +285,18 @@ class Parser:
         if entry.receipt.source_reference != name:
             self._bad(key, name, f"receipt of request {entry.receipt.source_reference}")
 
-    def _owner(self, key: str, kind: str, ident: str) -> UUID | None:
+    def _owner(self, key: str, kind: str, ident: str) -> Owner | None:
         try:
+            if kind == "b":
+                budget = _read_budget(ident)
+                return Owner(kind="b", owner_id=budget.virtual_key_id, budget=budget)
             owner_id = read_id(ident)
         except ValueError:
             self._bad(key, "id", ident)
             return None
         if kind == "a" and shard_prefix(owner_id) != self._prefix:
             self._bad(key, "shard", "an account of another shard")
-        return owner_id
+        return Owner(kind="a" if kind == "a" else "k", owner_id=owner_id)
 
     def _request_id(self, key: str, raw: bytes) -> str:
         name = raw.decode("utf-8", "backslashreplace")
@@ -256,3 +311,17 @@ class Parser:
         safe = PLAINTEXT_KEY.sub(b"fb_***", raw)[:EXCERPT_BYTES]
         text = safe.decode("utf-8", "backslashreplace")
         self.garbage.append(Garbage(key=key, what=what, found=text))
+
+
+def _read_budget(ident: str) -> BudgetScope:
+    """Raises ValueError unless it is what `budget_name` makes."""
+    owner, window, day = ident.split(":")
+    starts_at = datetime.strptime(day, "%Y%m%d").replace(tzinfo=UTC)
+    if window not in get_args(Window) or window_start(cast(Window, window), starts_at) != starts_at:
+        raise ValueError(ident)
+    budget = BudgetScope(
+        virtual_key_id=read_id(owner), window=cast(Window, window), starts_at=starts_at
+    )
+    if budget_name(budget) != ident:
+        raise ValueError(ident)
+    return budget

@@ -10,13 +10,16 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 import msgspec
 
 from billing.errors import TillRebuilding, TillRefused
 from billing.till_link import Script, TillLink
+
+if TYPE_CHECKING:
+    from billing.till_scopes import BudgetScope
 
 log = logging.getLogger("billing.till")
 
@@ -35,6 +38,14 @@ class AccountState(msgspec.Struct, frozen=True, kw_only=True):
     status: str
 
 
+class SpendState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the book says of one window of a budget: `posted` of its scope in the till."""
+
+    spent_nanos: int
+    version: int
+    """Only grows, with everything that is posted for a request of the window."""
+
+
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     """What the book says of the epoch that is valid now."""
 
@@ -50,6 +61,8 @@ class TillBook(Protocol):
     """What the till asks of the book. Raises what the book raises."""
 
     async def read_account(self, account_id: UUID) -> AccountState: ...
+
+    async def read_budget(self, budget: "BudgetScope") -> SpendState: ...
 
     async def read_epoch(self) -> Epoch: ...
 

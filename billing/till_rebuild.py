@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
 from billing.book import Connection
 from billing.errors import BillingError
 from billing.fleet import REBUILD_LOCK, begin_epoch, is_leader, move_epoch, say_alive, say_gone
-from billing.till_entries import Shard
+from billing.till_entries import KINDS, Shard, owners_of
 from billing.till_epoch import SHARDS, epoch_key
 from billing.till_scan import TillScan, open_till
 from billing.till_status import epochs_of, run_id_of
@@ -160,13 +159,13 @@ def _words(shard: Shard, epoch: int) -> tuple[list[Any], list[Any], list[str]]:
     sums = _sums(shard, holds, (name for name in shard.outbox if name not in odd_entries))
     moved = [part for key in shard.odd_keys for part in (key, aside.encode() + _last(shard, key))]
     keys: list[Any] = [f"{shard.prefix}outbox", f"{shard.prefix}leases", f"{aside}outbox"]
-    keys += [f"{shard.prefix}{kind}:{id_text(owner_id)}" for kind, owner_id in sums]
+    keys += [f"{shard.prefix}{name}" for name in sums]
     keys += [f"{shard.prefix}h:{name}" for name in holds]
     keys += moved
     every_entry = [*entries, *shard.odd_entries]
     counts = (len(sums), len(holds), len(shard.odd_keys), len(every_entry), len(shard.odd_entries))
     args: list[Any] = [*counts, f"{shard.prefix}h:"]
-    args += [word for (kind, _), scope in sums.items() for word in (kind.upper(), *scope)]
+    args += [word for name, scope in sums.items() for word in (name[0].upper(), *scope)]
     args += [word for name in holds for word in (name, shard.holds[name].nanos)]
     args += every_entry
     names = [new.decode("utf-8", "backslashreplace") for new in moved[1::2]]
@@ -178,23 +177,20 @@ def _last(shard: Shard, key: bytes) -> bytes:
     return key[len(shard.prefix) :]
 
 
-def _sums(
-    shard: Shard, holds: Iterable[str], entries: Iterable[str]
-) -> dict[tuple[str, UUID], list[int]]:
-    """For each scope of the shard what it must be: held, uncommitted, open."""
-    owners = [("a", owner) for owner in shard.accounts] + [("k", owner) for owner in shard.keys]
-    sums = {owner: [0, 0, 0] for owner in owners}
+def _sums(shard: Shard, holds: Iterable[str], entries: Iterable[str]) -> dict[str, list[int]]:
+    """For each scope of the shard, by its name, what it must be: held, uncommitted, open."""
+    sums = {scope.name: [0, 0, 0] for kind in KINDS for scope in shard.scopes(kind)}
     for name in holds:
         hold = shard.holds[name]
         assert hold.draft is not None  # else it is odd
-        key_id = hold.draft.app_key_id or hold.draft.virtual_key_id
-        account = sums.setdefault(("a", hold.draft.billing_account_id), [0, 0, 0])
-        account[0] += hold.nanos
-        account[2] += 1
-        sums.setdefault(("k", key_id), [0, 0, 0])[2] += 1
+        for owner in owners_of(hold.draft):
+            amounts = sums.setdefault(owner.name, [0, 0, 0])
+            amounts[0] += hold.nanos if owner.has_money else 0
+            amounts[2] += 1
     for name in entries:
         entry = shard.outbox[name]
         assert entry.receipt is not None  # else it is odd
-        owner = ("a", entry.receipt.billing_account_id)
-        sums.setdefault(owner, [0, 0, 0])[1] += entry.price_nanos
+        for owner in owners_of(entry.receipt):
+            amounts = sums.setdefault(owner.name, [0, 0, 0])
+            amounts[1] += entry.price_nanos if owner.has_money else 0
     return sums

@@ -13,19 +13,20 @@ from contextlib import asynccontextmanager
 from typing import Any, Literal
 from uuid import UUID
 
+import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from billing.errors import TillRefused, TillUnavailable
+from billing.receipts import decode_receipt
 from billing.till import Scripts
-from billing.till_entries import Look, Parser, Scope, Shard
+from billing.till_entries import Look, Owner, Parser, Scope, Shard, owner_of
 from billing.till_epoch import AccountState
 from billing.till_link import NOT_NOW
 from billing.till_scopes import account_scope_key, key_scope_key, shard_prefix
 from config.clock import Seconds, seconds
-from config.ids import id_text
 
 CALL_TIMEOUT_S = seconds(3000)
 SCAN_TIMEOUT_S = seconds(600_000)
@@ -91,7 +92,7 @@ async def tell_account(url: str, state: AccountState, epoch: int) -> str:
     """
     source = Scripts().seed.source
     keys = (f"{shard_prefix(state.account_id)}epoch", account_scope_key(state.account_id))
-    args = (epoch, state.balance_nanos, state.version, state.status)
+    args = (epoch, state.balance_nanos, state.version, state.status, "")
     async with _client(url) as client, _translated():
         reply = await client.execute_command("EVAL", source, len(keys), *keys, *args)
     return str(reply, "ascii")
@@ -100,7 +101,8 @@ async def tell_account(url: str, state: AccountState, epoch: int) -> str:
 async def read_account_scope(url: str, account_id: UUID) -> Scope | None:
     """What the till says of one account; None when it is cold. Raises TillUnavailable."""
     async with open_till(url) as till:
-        return await till.read_scope("a", account_id, account_scope_key(account_id))
+        owner = Owner(kind="a", owner_id=account_id)
+        return await till.read_scope(shard_prefix(account_id), owner)
 
 
 @asynccontextmanager
@@ -169,38 +171,40 @@ class TillScan:
                 yield await self._read_shard(name, found.pop(name))
                 _check(deadline)
 
-    async def look(
-        self, shard: Shard, kind: Literal["a", "k"], owner_id: UUID, known: Iterable[str] = ()
-    ) -> Look:
+    async def look(self, shard: Shard, owner: Owner, known: Iterable[str] = ()) -> Look:
         """One scope with its holds and outbox entries, all of one moment.
 
         Holds are found by their leases; `known` names request ids whose lease may be missing.
         """
-        key = f"{shard.prefix}{kind}:{id_text(owner_id)}"
+        key = f"{shard.prefix}{owner.name}"
         holds = [f"{shard.prefix}h:{request_id}" for request_id in known]
         keys = (key, f"{shard.prefix}outbox", f"{shard.prefix}leases", *holds)
         # Without its opening quote `_key_id"` names both kinds of key; clients cannot write it,
         # because a quote inside a JSON string is escaped.
-        field = '"billing_account_id"' if kind == "a" else '_key_id"'
-        args = (f'{field}:"{owner_id}"', f"{shard.prefix}h:")
+        field = '"billing_account_id"' if owner.kind == "a" else '_key_id"'
+        args = (f'{field}:"{owner.owner_id}"', f"{shard.prefix}h:", owner.kind)
         async with _translated():
             fields, held, settled = await self._client.execute_command(
                 "EVAL_RO", _look_source, len(keys), *keys, *args
             )
         parser = Parser(shard.prefix)
-        scope = parser.scope(kind, owner_id, key, dict(zip(fields[::2], fields[1::2], strict=True)))
+        scope = parser.scope(owner, key, dict(zip(fields[::2], fields[1::2], strict=True)))
         start = len(shard.prefix) + len("h:")
+        if owner.kind == "b":
+            held = [each for each in held if _is_of(owner, each[2])]
+            settled = [each for each in settled if _is_of(owner, each[2])]
         return Look(
             scope=scope,
-            holds={_name(name)[start:]: parser.integer(key, "", n) for name, n in held},
-            outbox={_name(name): parser.integer(key, "", price) for name, price in settled},
+            holds={_name(name)[start:]: parser.integer(key, "", n) for name, n, _ in held},
+            outbox={_name(name): parser.integer(key, "", price) for name, price, _ in settled},
         )
 
-    async def read_scope(self, kind: Literal["a", "k"], owner_id: UUID, key: str) -> Scope | None:
-        """One scope; None when the till does not have it."""
+    async def read_scope(self, prefix: str, owner: Owner) -> Scope | None:
+        """One scope of the shard with that prefix; None when the till does not have it."""
+        key = f"{prefix}{owner.name}"
         async with _translated():
             fields = await self._client.execute_command("HGETALL", key)
-        return Parser("").scope(kind, owner_id, key, fields) if fields else None
+        return Parser("").scope(owner, key, fields) if fields else None
 
     async def has(self, shard: Shard, request_id: str) -> tuple[bool, bool, bool]:
         """Whether a request has a hold, a lease, an outbox entry; all of one moment."""
@@ -246,7 +250,7 @@ class TillScan:
         await self._read_lists(shard, parser)
         hashes = {f"{shard.prefix}h:{request_id}".encode() for request_id in shard.leases}
         for key in keys:
-            if key[len(shard.prefix) :][:2] in {b"a:", b"k:", b"h:"}:
+            if key[len(shard.prefix) :][:2] in {b"a:", b"k:", b"b:", b"h:"}:
                 hashes.add(key)
             elif key[len(shard.prefix) :].startswith(b"odd:"):
                 shard.set_aside += 1
@@ -298,6 +302,15 @@ def _name(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
+def _is_of(owner: Owner, raw: bytes) -> bool:
+    """Whether a draft or receipt is of that very scope: one key has budgets of many days."""
+    try:
+        found = owner_of(owner.kind, decode_receipt(raw))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return found is not None and found.name == owner.name
+
+
 def _is_epoch(key: bytes) -> bool:
     return key.endswith(b":epoch") and key.count(b":") == 2
 
@@ -320,21 +333,26 @@ def _check(deadline: Seconds) -> None:
 # Read-only, and only in an operator's hands: the seven scripts of the request path are files.
 # KEYS  1 scope   2 outbox   3 leases   4.. holds that may have no lease
 # ARGV  1 what a draft or receipt of this scope contains   2 prefix of the keys of holds
-# Reply {fields of the scope, {{hold key, nanos}..}, {{request id, price}..}}
+#       3 b for a budget: other windows contain the same, so the caller looks into each
+# Reply {fields of the scope, {{hold key, nanos, draft}..}, {{request id, price, receipt}..}}
+#       draft and receipt only for a budget, else ''
 _look_source = """#!lua flags=no-writes
 local holds, entries, seen = {}, {}, {}
 local function look(key)
   if seen[key] then return end
   seen[key] = true
   local f = redis.call('HMGET', key, 'nanos', 'draft')
-  if f[2] and string.find(f[2], ARGV[1], 1, true) then holds[#holds + 1] = {key, f[1] or ''} end
+  if f[2] and string.find(f[2], ARGV[1], 1, true) then
+    holds[#holds + 1] = {key, f[1] or '', ARGV[3] == 'b' and f[2] or ''}
+  end
 end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do look(ARGV[2] .. id) end
 for i = 4, #KEYS do look(KEYS[i]) end
 local all = redis.call('HGETALL', KEYS[2])
 for i = 1, #all, 2 do
   if string.find(all[i + 1], ARGV[1], 1, true) then
-    entries[#entries + 1] = {all[i], string.match(all[i + 1], '^(%d+) ') or ''}
+    local receipt = ARGV[3] == 'b' and string.match(all[i + 1], ' (.*)') or ''
+    entries[#entries + 1] = {all[i], string.match(all[i + 1], '^(%d+) ') or '', receipt}
   end
 end
 return {redis.call('HGETALL', KEYS[1]), holds, entries}

@@ -9,7 +9,7 @@ import msgspec
 
 from billing.till_epoch import SHARDS
 from billing.till_wire import ScopesWire
-from billing.windows import Window
+from billing.windows import Window, window_end
 from config.ids import id_text
 
 
@@ -31,6 +31,10 @@ class BudgetScope(msgspec.Struct, frozen=True, kw_only=True):
     window: Window
     starts_at: datetime
     limit_nanos: int = 0
+
+    @property
+    def ends_at(self) -> datetime | None:
+        return window_end(self.window, self.starts_at)
 
 
 class SpendScopes(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +69,13 @@ def key_scope_key(account_id: UUID, key_id: UUID) -> str:
     return f"{shard_prefix(account_id)}k:{id_text(key_id)}"
 
 
+def budget_name(budget: BudgetScope) -> str:
+    """`<virtual key>:<window>:<first day>`"""
+    return f"{id_text(budget.virtual_key_id)}:{budget.window}:{budget.starts_at:%Y%m%d}"
+
+
 def budget_scope_key(account_id: UUID, budget: BudgetScope) -> str:
-    """`...b:<virtual key>:<window>:<first day>`"""
-    owner = f"{shard_prefix(account_id)}b:{id_text(budget.virtual_key_id)}"
-    return f"{owner}:{budget.window}:{budget.starts_at:%Y%m%d}"
+    return f"{shard_prefix(account_id)}b:{budget_name(budget)}"
 
 
 def spend_scopes(

@@ -55,6 +55,8 @@ class Status(msgspec.Struct, kw_only=True):
     oldest_outbox_s: int = 0
     accounts: int = 0
     keys: int = 0
+    budgets: int = 0
+    """Windows of budgets."""
     unreadable: int = 0
     """What no script wrote: `farebox audit` names it."""
     set_aside: int = 0
@@ -106,6 +108,7 @@ def _facts(reply: Any) -> dict[str, Any]:
 def _add(status: Status, shard: Shard, now_ms: int) -> None:
     status.accounts += len(shard.accounts)
     status.keys += len(shard.keys)
+    status.budgets += len(shard.budgets)
     status.unreadable += len(shard.garbage)
     status.set_aside += shard.set_aside
     for hold in shard.holds.values():

@@ -116,6 +116,20 @@ def _insufficient(exc: billing.InsufficientCredit) -> ApiError:
     return ApiError(402, "insufficient_credits", message, kind="insufficient_quota")
 
 
+def _key_limit(exc: billing.KeyLimitReached) -> ApiError:
+    needed, limit, left = exc.needed_nanos, exc.limit_nanos, max(exc.available_nanos, 0)
+    resets = "It never resets"
+    if exc.resets_at is not None:
+        resets = f"It resets at {exc.resets_at:%Y-%m-%dT%H:%M:%SZ}"
+    message = (
+        f"This request may cost up to {credits_text(needed)} credits (${usd_text(needed)}), but "
+        f"of this key's budget of {credits_text(limit)} credits (${usd_text(limit)}) only "
+        f"{credits_text(left)} credits (${usd_text(left)}) are left. {resets}. "
+        f"Wait, raise the budget, or ask for fewer tokens (max_completion_tokens). {NOT_CHARGED}"
+    )
+    return ApiError(402, "key_limit_reached", message, kind="insufficient_quota")
+
+
 def _too_many(exc: billing.TooManyOpenRequests) -> ApiError:
     message = (
         f"This {exc.scope} has {exc.limit} requests open, as many as it may have. "
@@ -228,6 +242,7 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.RotationInProgress: _rotation_in_progress,
     keys.RotationMismatch: _rotation_mismatch,
     billing.InsufficientCredit: _insufficient,
+    billing.KeyLimitReached: _key_limit,
     billing.TooManyOpenRequests: _too_many,
     billing.RateLimited: _over_rate,
     billing.AccountFrozen: _forbidden("account_frozen", "This account is frozen."),

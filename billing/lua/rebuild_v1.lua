@@ -6,7 +6,7 @@
 --       4.. scopes   then holds   then for each odd key: it, its new name
 -- ARGV  1 number of scopes   2 of holds   3 of odd keys   4 of outbox entries   5 of odd ones
 --       6 prefix of the keys of holds
---       then for each scope: kind (A account, K key), held, uncommitted (nanos), open
+--       then for each scope: kind (A account, B budget, K key), held, uncommitted (nanos), open
 --       for each hold: request id, nanos   for each outbox entry, odd ones last: its field
 -- Reply {mended, scopes that were wrong} or {changed, what}
 local scopes, holds, odd = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -73,9 +73,11 @@ for i = 0, scopes - 1 do
   if (f[1] or '0') ~= held or (f[2] or '0') ~= uncommitted or (f[3] or '0') ~= open then
     wrong = wrong + 1
   end
+  local expires = redis.call('EXPIRETIME', key) -- of a budget's window, see seed
   redis.call('DEL', key)
   if held ~= '0' or uncommitted ~= '0' or open ~= '0' then
     redis.call('HSET', key, 'held', held, 'uncommitted', uncommitted, 'open', open)
+    if expires > 0 then redis.call('EXPIREAT', key, expires) end
   end
   -- The book is asked for an account's status; nobody is asked for a key's.
   if ARGV[at] == 'K' and f[4] == 'revoked' then redis.call('HSET', key, 'status', 'revoked') end

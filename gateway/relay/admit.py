@@ -60,7 +60,7 @@ async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
         )
     except InsufficientCredit as exc:
         call.is_open = False
-        await _fit(services, call, exc.available_nanos, tries)
+        await _fit(services, call, exc, tries)
     except (Refusal, AccountUnknown, BookUnavailable):
         call.is_open = False
         raise
@@ -71,12 +71,13 @@ async def admit(services: Services, call: Call, tries: int = FIT_TRIES) -> None:
     # crash-point: admit.placed
 
 
-async def _fit(services: Services, call: Call, available_nanos: int, tries: int) -> None:
+async def _fit(services: Services, call: Call, exc: InsufficientCredit, tries: int) -> None:
     """Admit what can be paid of a call, or refuse it with what it needs as it was asked for."""
     output_min = services.settings.limits.output_tokens_min
-    fits = await fit(call, available_nanos, output_min, services.counter)
+    fits = await fit(call, exc.available_nanos, output_min, services.counter)
     if not fits or not tries:
-        raise InsufficientCredit(needed_nanos=call.hold_nanos, available_nanos=available_nanos)
+        exc.needed_nanos = call.hold_nanos
+        raise exc
     await admit(services, call, tries - 1)
 
 

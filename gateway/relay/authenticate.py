@@ -9,11 +9,14 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 
+from billing.budget_windows import BudgetedScopes
 from billing.errors import AccountFrozen
-from billing.till_scopes import ScopeLimits, spend_scopes
+from billing.till_scopes import BudgetScope, ScopeLimits, SpendScopes, spend_scopes
+from billing.windows import BEGINNING
 from config.ids import id_text
 from config.settings import Settings
 from gateway.relay.call import Caller
@@ -153,7 +156,8 @@ class Authenticator:
             key.tokens_per_minute or limits.tokens_per_minute_per_key,
         )
         key_id = principal.app_key_id or principal.virtual_key_id
-        scopes = spend_scopes(
+        make = partial(
+            spend_scopes,
             principal.account_id,
             key_id,
             account=account_limits,
@@ -161,10 +165,24 @@ class Authenticator:
         )
         return Caller(
             principal=principal,
-            scopes=scopes,
+            scopes=make(),
+            budgeted=_budgeted(principal, make),
             account_text=f"acct_{id_text(principal.account_id)}",
             key_text=f"key_{id_text(key_id)}",
         )
+
+
+def _budgeted(principal: Principal, make: Callable[..., SpendScopes]) -> BudgetedScopes | None:
+    budget = principal.budget
+    if budget is None:
+        return None
+    scope = BudgetScope(
+        virtual_key_id=principal.virtual_key_id,
+        window=budget.window,
+        starts_at=BEGINNING,
+        limit_nanos=budget.nanos,
+    )
+    return BudgetedScopes(scope, lambda window: make(budget=window))
 
 
 def _wrong_kind(key: bytes) -> KeysError:

@@ -9,6 +9,7 @@ from uuid import UUID
 import msgspec
 from msgspec.structs import replace
 
+from billing.budget_windows import BudgetedScopes
 from billing.prices import PriceVersion, Rates
 from billing.receipts import ChargeReceipt, FailedAttempt, Outcome, Provenance
 from billing.standing import Standings
@@ -24,8 +25,22 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     principal: Principal
     scopes: SpendScopes
+    """Without a budget."""
     account_text: str
     key_text: str
+    budgeted: BudgetedScopes | None = None
+    """With one, if it has one."""
+
+    def scopes_at(self, moment: float) -> SpendScopes:
+        """What a request spends from that came at that moment."""
+        if self.budgeted is None:
+            return self.scopes
+        return self.budgeted.at(_datetime(moment))
+
+
+def _datetime(moment: float) -> datetime:
+    """As it stands on receipts: the window of a budget is found from there again."""
+    return datetime.fromtimestamp(moment, UTC)
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +152,7 @@ class Call:
     ) -> None:
         self.arrival = arrival
         self.caller = caller
-        self.scopes = caller.scopes
+        self.scopes = caller.scopes_at(arrival.started_at)
         """What it spends from, to its end, whatever window of a budget begins meanwhile."""
         self.facts = facts
         self.model = model
@@ -195,7 +210,7 @@ class Call:
     def open_receipt(self, outcome: Outcome) -> ChargeReceipt:
         """The receipt of this call at its beginning, with nothing charged yet."""
         arrival, principal, price = self.arrival, self.caller.principal, self.price
-        started_at = datetime.fromtimestamp(arrival.started_at, UTC)
+        started_at, budget = _datetime(arrival.started_at), self.scopes.budget
         self.receipt = replace(
             self.model.blank_receipt,
             request_id=arrival.request_uid,
@@ -211,6 +226,7 @@ class Call:
             client_retry_count=arrival.client_retry_count,
             started_at=started_at,
             finished_at=started_at,
+            budget_window=budget.window if budget is not None else "",
         )
         return self.receipt
 

@@ -222,8 +222,8 @@ async def ask(till: Till, call: Call, wanted_nanos: int) -> int | None:
     try:
         status, held, available = await till.renew(scopes, renewal)
         if status == b"wait" and till.epoch.is_known:
-            # The till lost its content, and nobody has asked for this account since.
-            await till.seed_from_book(scopes.account_id)
+            # The till lost its content, and nobody has asked for this account or budget since.
+            await till.seed_all(scopes)
             status, held, available = await till.renew(scopes, renewal)
     except BillingError:
         return None

@@ -67,12 +67,13 @@ ALTER TABLE charge_receipts
     CONSTRAINT budget_window_is_known CHECK (budget_window IN ('', 'day', 'week', 'month', 'total'));
 
 -- scope_spend: one row for each virtual key and day (of UTC) on which it spent something, by the
--- start of its requests. Other windows are sums of days.
+-- start of its requests. Other windows are sums of days. The version counts what was posted.
 INSERT INTO scope_spend (virtual_key_id, window_start, spent_nanos, version)
 SELECT
     r.virtual_key_id, date_trunc('day', r.started_at, 'UTC'),
-    sum(r.price_nanos - coalesce(l.amount_nanos, 0)), count(*) + count(l.amount_nanos)
+    sum(r.price_nanos - coalesce(l.amount_nanos, 0)),
+    count(*) FILTER (WHERE r.price_nanos > 0) + count(l.amount_nanos)
 FROM charge_receipts AS r
 LEFT JOIN credit_ledger AS l ON l.reason = 'adjust' AND l.reference = r.request_id::text
 GROUP BY r.virtual_key_id, date_trunc('day', r.started_at, 'UTC')
-HAVING sum(r.price_nanos - coalesce(l.amount_nanos, 0)) > 0;
+HAVING count(*) FILTER (WHERE r.price_nanos > 0) + count(l.amount_nanos) > 0;

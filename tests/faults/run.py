@@ -9,6 +9,7 @@ from uuid import UUID
 
 from billing.audit import audit
 from billing.audit_report import Report
+from billing.till_entries import Owner
 from billing.till_scan import open_till
 from billing.till_scopes import account_scope_key, shard_prefix
 from config.ids import id_text
@@ -30,7 +31,7 @@ async def run(world: World, plan: Plan) -> Evidence:
     trouble: list[str] = []
     struck = Struck()
     await world.begin_run(plan.orders[0].prompt)
-    account_id, key = await world.account(plan.credits)
+    account_id, key = await world.account(plan.credits, has_budget=plan.number % 2 == 1)
     async with _recovery(world, plan):
         world.start_worker(plan.crash_at_first)
         if plan.has_second:
@@ -169,7 +170,9 @@ async def _evidence(
         ledger = await conn.fetch(SELECT_LEDGER, account_id)
         balance = await conn.fetchval(SELECT_BALANCE, account_id)
         report = await audit(conn, till, at_rest=True)
-        scope = await till.read_scope("a", account_id, account_scope_key(account_id))
+        scope = await till.read_scope(
+            shard_prefix(account_id), Owner(kind="a", owner_id=account_id)
+        )
     available = None
     if scope is not None and scope.posted is not None:
         available = scope.posted - scope.uncommitted - scope.held

@@ -32,6 +32,7 @@ from gateway.embedded.valkey import EmbeddedValkey
 from gateway.protocols.chat import prompt_text, read_facts
 from gateway.rates import config_rates
 from gateway.supervisor import READY, encode_settings, listen
+from keys.principal import Budget
 from keys.store import KeyTerms, create_key
 from migrations.runner import migrate
 from tests.faults.plan import LEASE_S, MODELS, RENEW_S, Model
@@ -193,13 +194,14 @@ class World:
         finally:
             await client.aclose()
 
-    async def account(self, credits: int) -> tuple[UUID, str]:
-        """A new account with that many credits, and a key of it."""
+    async def account(self, credits: int, *, has_budget: bool) -> tuple[UUID, str]:
+        """A new account with that many credits, and a key of it, which may spend all of them."""
         async with self.book() as conn:
             account_id = await book.create_account(conn, "campaign")
             nanos = read_credits(str(credits))
             await book.grant(conn, account_id, nanos, f"g_{new_id()}", "campaign")
-            terms = KeyTerms(name="campaign", kind="test")
+            budget = Budget(nanos=nanos, window="total") if has_budget else None
+            terms = KeyTerms(name="campaign", kind="test", budget=budget)
             _, key = await create_key(conn, account_id, terms, pepper=PEPPER.encode())
         return account_id, key.secret
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from billing import book, till_scan
 from billing.audit import Invariant, Report
@@ -64,7 +65,7 @@ async def test_a_till_at_rest_is_clean(world: World) -> None:
 
     assert report.is_clean, explain(report)
     (check,) = (check for check in report.checks if check.invariant == L6)
-    assert check.checked == 6
+    assert check.checked == 8
 
 
 async def test_at_rest_every_hold_and_outbox_entry_is_a_finding(world: World) -> None:
@@ -203,9 +204,11 @@ async def test_shards_are_read_with_all_that_they_hold(world: World) -> None:
     shard = shards[shard_prefix(customer.account_id)]
     assert shard.epoch == 1
     assert shard.keys[customer.app_key_id].open == 2
-    account = shard.accounts[customer.account_id]
-    assert account.held == world.held.hold_nanos + world.forwarded.hold_nanos
-    assert account.uncommitted == world.waiting.price_nanos
+    (budget,) = shard.budgets.values()
+    assert budget.budget == replace(customer.budget, limit_nanos=0)
+    for scope in (shard.accounts[customer.account_id], budget):
+        assert scope.held == world.held.hold_nanos + world.forwarded.hold_nanos
+        assert scope.uncommitted == world.waiting.price_nanos
     held, forwarded = world.held.source_reference, world.forwarded.source_reference
     assert {name: hold.state for name, hold in shard.holds.items()} == {held: "H", forwarded: "F"}
     assert shard.holds[held].draft == world.held

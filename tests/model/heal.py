@@ -27,7 +27,7 @@ async def heal(world: World) -> None:
         await world.pass_time(100)
         await world.sweep(slot)
     for purse in world.purses[:3]:
-        await world.workers[0].till.seed_from_book(purse.account_id)
+        await world.workers[0].till.seed_all(purse.scopes)
     await network.settle_down()
     assert sum(worker.refused for worker in world.workers) == 0
     ledger = await world.ledger()

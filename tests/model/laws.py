@@ -1,11 +1,12 @@
 """What must hold after every step, and what must hold when everything came to rest."""
 
+from typing import Any
 from uuid import UUID
 
 from billing.receipts import decode_receipt
 from billing.till_scopes import account_scope_key
 from billing.usage import UsageSource
-from tests.model.people import Request, Worker
+from tests.model.people import Purse, Request, Worker
 from tests.model.seen import Look
 from tests.model.world import GRACE_S, Ledger, World
 
@@ -16,13 +17,14 @@ def check_sums(world: World, seen: Look) -> None:
     uncommitted: dict[str, int] = {}
     opened: dict[str, int] = {}
     for name, hold in seen.holds.items():
-        account_key, key_key = world.requests[name].purse.scopes.scope_keys
-        held[account_key] = held.get(account_key, 0) + hold.nanos
-        for key in (account_key, key_key):
+        purse = world.requests[name].purse
+        for key in purse.money_keys:
+            held[key] = held.get(key, 0) + hold.nanos
+        for key in purse.scopes.scope_keys:
             opened[key] = opened.get(key, 0) + 1
     for name, (price, _) in seen.outbox.items():
-        account_key = world.requests[name].purse.scopes.scope_keys[0]
-        uncommitted[account_key] = uncommitted.get(account_key, 0) + price
+        for key in world.requests[name].purse.money_keys:
+            uncommitted[key] = uncommitted.get(key, 0) + price
     for key in {*seen.scopes, *opened, *uncommitted}:
         scope = seen.scopes.get(key, {})
         assert scope.get("held", 0) == held.get(key, 0), key
@@ -42,6 +44,14 @@ def check_versions(world: World, seen: Look, ledger: Ledger) -> None:
             continue
         assert version <= ledger.balances[account_id][1]
         assert scope.get("posted") == ledger.posted_at(account_id, version)
+    for key, purse in _budgets(world).items():
+        scope = seen.scopes.get(key, {})
+        version = scope.get("version")
+        if version is None:
+            assert "posted" not in scope
+            continue
+        assert version <= ledger.spent.get(purse.key_id, (0, 0))[1]
+        assert scope.get("posted") == ledger.spent_at(purse.key_id, version)
 
 
 def check_no_steps_back(world: World, before: Look, seen: Look, ledger: Ledger) -> None:
@@ -62,18 +72,17 @@ def check_nothing_minted(world: World, seen: Look, ledger: Ledger) -> None:
     available <= balance - (what requests that are not in the book may still cost)
                  + (what the till lost and their workers did not place again yet)
                  + (what a worker that was taken for dead may charge above the guess)
+    Of a budget the balance is what is left of it.
     """
     slack, owed = slack_and_owed(world, seen, ledger)
-    for account_id in world.account_ids:
-        purse_scopes = next(p.scopes for p in world.purses if p.account_id == account_id)
-        key = purse_scopes.scope_keys[0]
-        epoch = _epoch_of(seen, purse_scopes.epoch_key)
+    for key, purse in _money(world).items():
+        epoch = _epoch_of(seen, purse.scopes.epoch_key)
         if epoch <= world.lost_epoch or seen.scope_epochs.get(key) != str(epoch):
             continue  # closed for new holds
         scope = seen.scopes[key]
-        available = scope["posted"] - scope.get("uncommitted", 0) - scope.get("held", 0)
-        real = ledger.balances[account_id][0] - owed.get(account_id, 0)
-        assert available <= real + slack.get(account_id, 0), account_id
+        posted = scope["posted"] if _is_account(key) else (purse.limit or 0) - scope["posted"]
+        available = posted - scope.get("uncommitted", 0) - scope.get("held", 0)
+        assert available <= _left(key, purse, ledger) - owed.get(key, 0) + slack.get(key, 0), key
 
 
 def check_no_overspend(world: World, seen: Look, ledger: Ledger) -> None:
@@ -84,44 +93,74 @@ def check_no_overspend(world: World, seen: Look, ledger: Ledger) -> None:
                  - (what workers that were taken for dead charge, or may, above the guess)
     """
     slack, owed = slack_and_owed(world, seen, ledger)
-    for account_id in world.account_ids:
+    for key, purse in _money(world).items():
         late = sum(
             max(-row["amount_nanos"], 0)
             for row in ledger.rows
-            if row["billing_account_id"] == account_id and row["reason"] == "adjust"
+            if row["reason"] == "adjust" and _is_of(row, key, purse)
         )
-        real = ledger.balances[account_id][0] - owed.get(account_id, 0)
-        explained = late + slack.get(account_id, 0) + world.at_risk.get(account_id, 0)
-        assert real + explained >= 0, account_id
+        explained = late + slack.get(key, 0) + world.at_risk.get(key, 0)
+        assert _left(key, purse, ledger) - owed.get(key, 0) + explained >= 0, key
+
+
+def _is_account(key: str) -> bool:
+    return "}:a:" in key
+
+
+def _budgets(world: World) -> dict[str, Purse]:
+    """The keys of all budgets, and whose they are."""
+    return {purse.money_keys[1]: purse for purse in world.purses if purse.limit is not None}
+
+
+def _money(world: World) -> dict[str, Purse]:
+    """The keys of all scopes that count money, and a purse of each."""
+    return {key: purse for purse in world.purses for key in purse.money_keys}
+
+
+def _is_of(row: Any, key: str, purse: Purse) -> bool:
+    """Whether a row of the ledger is of that scope."""
+    if _is_account(key):
+        return bool(row["billing_account_id"] == purse.account_id)
+    return bool(row["virtual_key_id"] == purse.key_id)
+
+
+def _left(key: str, purse: Purse, ledger: Ledger) -> int:
+    """What the book says may be spent."""
+    if _is_account(key):
+        return ledger.balances[purse.account_id][0]
+    return (purse.limit or 0) - ledger.spent.get(purse.key_id, (0, 0))[0]
 
 
 def slack_and_owed(
     world: World, seen: Look, ledger: Ledger
-) -> tuple[dict[UUID, int], dict[UUID, int]]:
-    """Per account: what the till need not know, and what may still be charged."""
-    slack: dict[UUID, int] = {}
-    owed: dict[UUID, int] = {}
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Per scope: what the till need not know, and what may still be charged."""
+    slack: dict[str, int] = {}
+    owed: dict[str, int] = {}
     for request in world.requests.values():
         if request.is_lost:
             continue
-        account_id = request.purse.account_id
-        more = _above_guess(request, seen, ledger)
-        if request.uid not in ledger.receipts:
-            owed[account_id] = owed.get(account_id, 0) + request.liability
-            if request.id in world.excused and more is None:
-                more = request.liability
-        slack[account_id] = slack.get(account_id, 0) + (more or 0)
+        guess = guess_of(request, seen, ledger)
+        for key in request.purse.money_keys:
+            more = None
+            if guess is not None and not _heard_of_adjustment(request, key, seen, ledger):
+                more = max(request.liability - guess, 0)
+            if request.uid not in ledger.receipts:
+                owed[key] = owed.get(key, 0) + request.liability
+                if request.id in world.excused and more is None:
+                    more = request.liability
+            slack[key] = slack.get(key, 0) + (more or 0)
     return slack, owed
 
 
-def _above_guess(request: Request, seen: Look, ledger: Ledger) -> int | None:
-    """What its worker may still charge above a sweeper's guess; None when nobody guessed."""
-    guess = guess_of(request, seen, ledger)
-    adjusted = ledger.adjustment(request.uid)
-    version = seen.scopes.get(request.purse.scopes.scope_keys[0], {}).get("version", 0)
-    if guess is None or (adjusted is not None and version >= adjusted[0]):
-        return None
-    return max(request.liability - guess, 0)
+def _heard_of_adjustment(request: Request, key: str, seen: Look, ledger: Ledger) -> bool:
+    """Whether the till knows that the worker's own receipt came after a sweeper's guess."""
+    version = seen.scopes.get(key, {}).get("version", 0)
+    rows = [row for row in ledger.rows if _is_of(row, key, request.purse)]
+    for at, row in enumerate(rows, 1):
+        if row["reason"] == "adjust" and row["reference"] == str(request.uid):
+            return bool(version >= at)
+    return False
 
 
 def guess_of(request: Request, seen: Look, ledger: Ledger) -> int | None:
@@ -174,6 +213,11 @@ def check_rest(world: World, seen: Look, ledger: Ledger) -> None:
         assert sums[account_id] == balance
         scope = seen.scopes[account_scope_key(account_id)]
         assert (scope["posted"], scope["version"]) == (balance, version)
+    for key, purse in _budgets(world).items():
+        spent = ledger.spent.get(purse.key_id, (0, 0))
+        rows = [row["amount_nanos"] for row in ledger.rows if row["virtual_key_id"] == purse.key_id]
+        assert spent == (-sum(rows), len(rows))
+        assert (seen.scopes[key]["posted"], seen.scopes[key]["version"]) == spent
     known = {str(world.requests[name].uid): name for name in world.requests}
     assert set(totals) <= set(known)
     for uid, name in known.items():

@@ -108,12 +108,12 @@ class MoneyMachine(RuleBasedStateMachine):
     def check_admitted(self, worker: Worker, request: Request) -> None:
         """Nothing is admitted to a till that lost something, before a new epoch began there.
 
-        Nor before all had their time to place their holds, nor before the account was seeded.
+        Nor before all had their time to place their holds, nor before its scopes were seeded.
         """
         world, epoch = self.world, worker.till.epoch.number
         assert epoch > world.lost_epoch
-        account_key = request.purse.scopes.scope_keys[0]
-        assert self.run(world.look()).scope_epochs[account_key] == str(epoch)
+        epochs = self.run(world.look()).scope_epochs
+        assert {epochs[key] for key in request.purse.money_keys} == {str(epoch)}
         others = [other for other in world.workers if other.requests and not other.is_paused]
         assert world.has_waited or all(other.till.epoch.announced == epoch for other in others)
 
@@ -155,11 +155,13 @@ class MoneyMachine(RuleBasedStateMachine):
     def confirm_all(self, worker: Worker) -> None:
         """Confirm, and see that nothing is left of what the till heard of."""
         names = {
-            settled.request_id for _, group in worker.settler._unconfirmed for settled in group
+            settled.request_id for _, group, _ in worker.settler._unconfirmed for settled in group
         }
         self.run(worker.confirm())
         seen = self.run(self.world.look())
-        late = {settled.request_id for _, group in worker.settler._unconfirmed for settled in group}
+        late = {
+            settled.request_id for _, group, _ in worker.settler._unconfirmed for settled in group
+        }
         assert not (names - late) & (set(seen.holds) | set(seen.outbox))
 
     def pick_open(self, pick: int) -> tuple[Worker, Request]:
@@ -221,7 +223,7 @@ class MoneyMachine(RuleBasedStateMachine):
         worker = self.worker(slot)
         if worker is not None:
             self.plan(fates)
-            self.run(_try(worker.till.seed_from_book(self.world.purses[purse].account_id)))
+            self.run(_try(worker.till.seed_all(self.world.purses[purse].scopes)))
 
     @rule(purse=st.integers(0, 2), credit=st.integers(1, 30))
     def grant(self, purse: int, credit: int) -> None:

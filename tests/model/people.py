@@ -20,8 +20,9 @@ from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.settler import Settler
 from billing.till import Scripts, Till
-from billing.till_scopes import SpendScopes, spend_scopes
+from billing.till_scopes import BudgetScope, SpendScopes, spend_scopes
 from billing.till_wire import Renewal
+from billing.windows import window_start
 from config.ids import id_text
 from tests.model.wire import WireLink
 
@@ -29,18 +30,37 @@ MARKUP_BPS = 20_000
 TOKEN_NANOS = 2000
 """What an input token costs at the prices of these tests, with the markup."""
 REBUILD_MS = 60_000
+# No machine runs into the next day.
+STARTED_AT = datetime(2026, 5, 20, 21, 30, tzinfo=UTC)
 BATCH_MAX = 8
 
 
 class Purse(msgspec.Struct, frozen=True):
-    """An account and one of its keys."""
+    """An account and one of its keys, with or without a budget for the day of `STARTED_AT`."""
 
     account_id: UUID
     key_id: UUID
+    limit: int | None = None
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.account_id, self.key_id)
+        budget = None
+        if self.limit is not None:
+            budget = BudgetScope(
+                virtual_key_id=self.key_id,
+                window="day",
+                starts_at=window_start("day", STARTED_AT),
+                limit_nanos=self.limit,
+            )
+        return spend_scopes(self.account_id, self.key_id, budget=budget)
+
+    @property
+    def money_keys(self) -> list[str]:
+        """The keys of its scopes that count money: the account, and the budget if it has one."""
+        scopes = self.scopes
+        return [
+            key for key, kind in zip(scopes.scope_keys, scopes.kinds, strict=True) if kind != "K"
+        ]
 
 
 class Request(msgspec.Struct, eq=False):
@@ -70,7 +90,6 @@ class Request(msgspec.Struct, eq=False):
 
 
 def new_request(uid: UUID, purse: Purse, hold: int, price_version: int) -> Request:
-    now = datetime.now(UTC)
     draft = ChargeReceipt(
         request_id=uid,
         source_reference=id_text(uid),
@@ -86,8 +105,9 @@ def new_request(uid: UUID, purse: Purse, hold: int, price_version: int) -> Reque
         hold_nanos=hold,
         outcome=Outcome.RECOVERED,
         provenance=Provenance.STREAM,
-        started_at=now,
-        finished_at=now,
+        started_at=STARTED_AT,
+        finished_at=STARTED_AT,
+        budget_window="" if purse.limit is None else "day",
     )
     return Request(uid=uid, purse=purse, hold=hold, asked=hold, draft=draft)
 

@@ -232,8 +232,8 @@ class ScriptsMachine(RuleBasedStateMachine):
     def seed(self, name: str, back: int, epoch: int) -> None:
         posted, version = self.said(name, back)
         status = "active" if name.startswith("a") else ""
-        keys = (EPOCH, PREFIX + name)
-        answer = self.call(self.scripts.seed, keys, epoch, posted, version, status)
+        keys, ends_s = (EPOCH, PREFIX + name), "" if name.startswith("a") else 1
+        answer = self.call(self.scripts.seed, keys, epoch, posted, version, status, ends_s)
         self.ends_like(answer, self.oracle.seed(name, posted, version, epoch))
 
     @rule(name=st.sampled_from(["a:1", "a:2", "b:1", "b:2"]))

@@ -40,6 +40,8 @@ RATES = Rates(
     reasoning_rate=10**9,
 )
 CREDIT = 100_000
+# Of the first account's first key, and of the third account's.
+BUDGETS = {0: 250_000, 2: 150_000}
 GRACE_S = 15
 SHARDS_USED = ("fb:{s11}:", "fb:{s11}:", "fb:{s22}:")
 # So many moments of the till are remembered, to go back to.
@@ -63,10 +65,16 @@ FROM charge_receipts
 WHERE billing_account_id = ANY($1::uuid[])
 """
 SELECT_LEDGER = """
-SELECT billing_account_id, seq, amount_nanos, balance_after_nanos, reason, reference
+SELECT
+    billing_account_id, seq, amount_nanos, balance_after_nanos, reason, reference, virtual_key_id
 FROM credit_ledger
 WHERE billing_account_id = ANY($1::uuid[])
 ORDER BY billing_account_id, seq
+"""
+SELECT_SPENT = """
+SELECT virtual_key_id, spent_nanos, version
+FROM scope_spend
+WHERE virtual_key_id = ANY($1::uuid[])
 """
 
 
@@ -104,6 +112,8 @@ class Ledger(msgspec.Struct):
     receipts: dict[UUID, tuple[int, str, int]]
     """Price, usage source and hold of each receipt."""
     rows: list[Any]
+    spent: dict[UUID, tuple[int, int]]
+    """What each key spent, all on one day, and the version of that."""
 
     def adjustment(self, uid: UUID) -> tuple[int, int] | None:
         """Version and amount of a request's adjustment."""
@@ -111,6 +121,11 @@ class Ledger(msgspec.Struct):
             if row["reason"] == "adjust" and row["reference"] == str(uid):
                 return row["seq"], row["amount_nanos"]
         return None
+
+    def spent_at(self, key_id: UUID, version: int) -> int:
+        """What a key had spent at that version."""
+        amounts = [row["amount_nanos"] for row in self.rows if row["virtual_key_id"] == key_id]
+        return -sum(amounts[:version])
 
     def posted_at(self, account_id: UUID, version: int) -> int | None:
         """The balance of an account at that version."""
@@ -142,8 +157,8 @@ class World:
         """Requests that the till may have lost and that their workers did not place again yet."""
         self.guessed: set[str] = set()
         """Requests for which a sweeper put something in, before this step."""
-        self.at_risk: dict[UUID, int] = {}
-        """Per account, what was open whenever the till lost something."""
+        self.at_risk: dict[str, int] = {}
+        """Per scope, what was open whenever the till lost something."""
         self.has_waited = True
         """Whether workers had their time to place their holds again in the last epoch."""
 
@@ -161,7 +176,7 @@ class World:
     async def _make_accounts(self) -> list[Purse]:
         """Two accounts of one shard, the first with two keys, and one of another shard."""
         first, second, third = (self._id_in(shard) for shard in SHARDS_USED)
-        purses = []
+        purses: list[Purse] = []
         async with acquire(self.pool) as conn, conn.transaction():
             for account_id in (first, second, third):
                 user_id, key_id = new_id(), new_id()
@@ -169,7 +184,7 @@ class World:
                 await conn.execute(INSERT_ACCOUNT, account_id, user_id, None)
                 await conn.execute(INSERT_DEFAULT_KEY, key_id, account_id)
                 await grant(conn, account_id, CREDIT, f"g_{new_id()}", "")
-                purses.append(Purse(account_id, key_id))
+                purses.append(Purse(account_id, key_id, BUDGETS.get(len(purses))))
             key_id = new_id()
             await conn.execute(INSERT_KEY, key_id, first)
         return [*purses, Purse(first, key_id)]
@@ -224,6 +239,10 @@ class World:
                     for row in await conn.fetch(SELECT_RECEIPTS, ids)
                 },
                 rows=await conn.fetch(SELECT_LEDGER, ids),
+                spent={
+                    row["virtual_key_id"]: (row["spent_nanos"], row["version"])
+                    for row in await conn.fetch(SELECT_SPENT, [p.key_id for p in self.purses])
+                },
             )
 
     async def look(self) -> Look:
@@ -262,9 +281,8 @@ class World:
         posted = (await self.ledger()).receipts
         for request in self.requests.values():
             if request.uid not in posted:
-                account_id = request.purse.account_id
-                risk = self.at_risk.get(account_id, 0) + request.liability
-                self.at_risk[account_id] = risk
+                for key in request.purse.money_keys:
+                    self.at_risk[key] = self.at_risk.get(key, 0) + request.liability
 
     async def kill(self, slot: int) -> None:
         """A worker dies with all it knew; another one starts in its place."""

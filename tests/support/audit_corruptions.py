@@ -27,6 +27,8 @@ LEDGER = f"UPDATE credit_ledger SET {{}} WHERE billing_account_id = {A} AND seq 
 RECEIPT = f"UPDATE charge_receipts SET {{}} WHERE request_id = {R}"
 REPORTED = f"UPDATE charge_receipts SET {{}} WHERE request_id = {P}"
 CHARGE = f"UPDATE credit_ledger SET {{}} WHERE reason = 'charge' AND reference = {R}::text"
+SPEND = f"""UPDATE scope_spend SET {{}} WHERE virtual_key_id =
+    (SELECT virtual_key_id FROM charge_receipts WHERE request_id = {R})"""
 ACCOUNT = f"UPDATE billing_accounts SET {{}} WHERE id = {A}"
 
 
@@ -199,6 +201,26 @@ BOOK = {
         "CREATE TEMP TABLE more AS SELECT * FROM charge_receipts WHERE outcome = 'voided' LIMIT 1;"
         "UPDATE more SET request_id = gen_random_uuid();"
         "INSERT INTO charge_receipts SELECT * FROM more",
+    ),
+    "a day on which a key spent a nano less": (
+        L2,
+        "spent on a day",
+        SPEND.format("spent_nanos = spent_nanos - 1"),
+    ),
+    "a day that was posted to once more": (
+        L2,
+        "version of a day",
+        SPEND.format("version = version + 1"),
+    ),
+    "what was spent on another day": (
+        L2,
+        "spent on a day",
+        SPEND.format("window_start = window_start - interval '1 day'"),
+    ),
+    "a day is gone": (
+        L2,
+        "spent on a day",
+        "DELETE FROM scope_spend",
     ),
     "an adjustment of an unknown request": (
         L2,

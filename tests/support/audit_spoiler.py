@@ -9,7 +9,12 @@ from redis.asyncio import Redis
 
 from billing.audit import Invariant
 from billing.receipts import ChargeReceipt, encode_receipt
-from billing.till_scopes import account_scope_key, key_scope_key, shard_prefix
+from billing.till_scopes import (
+    account_scope_key,
+    budget_scope_key,
+    key_scope_key,
+    shard_prefix,
+)
 from config.ids import id_text, new_id
 from tests.support.audit_world import World
 
@@ -26,6 +31,7 @@ class Spoiler:
         self.prefix = shard_prefix(self.customer.account_id)
         self.account = account_scope_key(self.customer.account_id)
         self.key = key_scope_key(self.customer.account_id, self.customer.app_key_id)
+        self.budget = budget_scope_key(self.customer.account_id, self.customer.budget)
         self.hold = f"{self.prefix}h:{world.held.source_reference}"
         self.outbox, self.leases = f"{self.prefix}outbox", f"{self.prefix}leases"
         self._client = client
@@ -71,6 +77,15 @@ class Spoiler:
         key = account_scope_key(new_id())
         await self("HSET", key, "posted", 5, "version", 1, "status", "active")
 
+    async def budget_of_nobody(self) -> None:
+        """A window that is none."""
+        await self("HSET", self.budget.replace("total", "year"), "posted", 0, "version", 0)
+
+    async def other_window(self) -> None:
+        """A hold of a budget's window says that it is of another one."""
+        other = msgspec.structs.replace(self.world.held, budget_window="day")
+        await self("HSET", self.hold, "draft", encode_receipt(other))
+
     async def listed_epoch(self) -> None:
         await self("DEL", f"{self.prefix}epoch")
         await self("RPUSH", f"{self.prefix}epoch", "x")
@@ -95,6 +110,31 @@ TILL: dict[str, tuple[Invariant, str, Spoil]] = {
         "uncommitted",
         lambda s: s("HINCRBY", s.account, "uncommitted", -1),
     ),
+    "a budget with too much held": (L6, "held", lambda s: s("HINCRBY", s.budget, "held", 1)),
+    "a budget that owes too little": (
+        L6,
+        "uncommitted",
+        lambda s: s("HINCRBY", s.budget, "uncommitted", -1),
+    ),
+    "a budget with one open too few": (L6, "open", lambda s: s("HINCRBY", s.budget, "open", -1)),
+    "a budget is gone": (L6, "held", lambda s: s("DEL", s.budget)),
+    "a hold of another window": (L6, "held", Spoiler.other_window),
+    "a budget that spent a nano less": (
+        L6,
+        "spent at version 7",
+        lambda s: s("HINCRBY", s.budget, "posted", -1),
+    ),
+    "a budget ahead of the book": (
+        L6,
+        "version ahead of the book",
+        lambda s: s("HINCRBY", s.budget, "version", 1),
+    ),
+    "a budget of tomorrow's epoch": (
+        L6,
+        "scope of an epoch ahead of the book",
+        lambda s: s("HSET", s.budget, "epoch", 2),
+    ),
+    "a budget of a window that is none": (L6, "garbage: id", Spoiler.budget_of_nobody),
     "a key that owes": (L6, "uncommitted", lambda s: s("HSET", s.key, "uncommitted", 1)),
     "one open too many": (L6, "open", lambda s: s("HINCRBY", s.account, "open", 1)),
     "one open too few of a key": (L6, "open", lambda s: s("HINCRBY", s.key, "open", -1)),

@@ -24,8 +24,9 @@ from billing.settler import Settler
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
-from billing.till_scopes import SpendScopes, spend_scopes
+from billing.till_scopes import BudgetScope, SpendScopes, spend_scopes
 from billing.usage import Usage, UsageSource
+from billing.windows import BEGINNING
 from config.ids import id_text, new_id
 from keys.keys_store import revoke_any_key
 from keys.store import KeyTerms, create_key
@@ -59,10 +60,21 @@ class Customer(msgspec.Struct):
     account_id: UUID
     app_key_id: UUID
     virtual_key_id: UUID
+    has_budget: bool = False
+
+    @property
+    def budget(self) -> BudgetScope:
+        return BudgetScope(
+            virtual_key_id=self.virtual_key_id,
+            window="total",
+            starts_at=BEGINNING,
+            limit_nanos=10**15,
+        )
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.account_id, self.app_key_id)
+        budget = self.budget if self.has_budget else None
+        return spend_scopes(self.account_id, self.app_key_id, budget=budget)
 
     def receipt(self, model: str = "plain", version: int | None = 1, **other: Any) -> ChargeReceipt:
         """A receipt priced by the real code."""
@@ -77,6 +89,7 @@ class Customer(msgspec.Struct):
             "usage_source": UsageSource.PROVIDER,
             "started_at": now,
             "finished_at": now,
+            "budget_window": "total" if self.has_budget else "",
             **msgspec.structs.asdict(usage),
             **other,
         }
@@ -285,6 +298,8 @@ async def build(postgres_url: str, valkey_url: str) -> World:
     assert current is not None
     assert current.price_version == 3
     customers = [await new_customer(conn, 1000) for _ in range(4)]
+    for customer in customers[:2]:
+        customer.has_budget = True
     async with client_of(valkey_url) as client:
         await client.flushall()
     till_url = valkey_url.rpartition("/")[0] + f"/{REST_DB}"

@@ -13,7 +13,8 @@ from billing import book
 from billing.book import Pool
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance
-from billing.till_scopes import SpendScopes, spend_scopes
+from billing.till_scopes import BudgetScope, SpendScopes, spend_scopes
+from billing.windows import BEGINNING
 from config.ids import id_text, new_id
 from keys.store import KeyTerms, create_key
 
@@ -27,10 +28,20 @@ class Account(msgspec.Struct, frozen=True):
     virtual_key_id: UUID
     app_key_id: UUID
     secret: str
+    limit: int | None = None
+    """What its key may spend in all."""
 
     @property
     def scopes(self) -> SpendScopes:
-        return spend_scopes(self.id, self.app_key_id)
+        budget = None
+        if self.limit is not None:
+            budget = BudgetScope(
+                virtual_key_id=self.virtual_key_id,
+                window="total",
+                starts_at=BEGINNING,
+                limit_nanos=self.limit,
+            )
+        return spend_scopes(self.id, self.app_key_id, budget=budget)
 
     def receipt(self, price: int = 0, **fields: Any) -> ChargeReceipt:
         """A receipt that every constraint accepts."""
@@ -55,6 +66,7 @@ class Account(msgspec.Struct, frozen=True):
             "provenance": Provenance.RESPONSE,
             "started_at": now,
             "finished_at": now,
+            "budget_window": "" if self.limit is None else "total",
         }
         return ChargeReceipt(**{**values, **fields})
 
@@ -68,8 +80,8 @@ async def open_pool(url: str, size: int = 4) -> AsyncIterator[Pool]:
         await pool.close()
 
 
-async def make_account(pool: Pool, nanos: int = 10**9) -> Account:
-    """An account with that much credit and one key."""
+async def make_account(pool: Pool, nanos: int = 10**9, limit: int | None = None) -> Account:
+    """An account with that much credit and one key, which may spend that much."""
     async with book.acquire(pool) as conn:
         account_id = await book.create_account(conn, "test")
         if nanos:
@@ -78,7 +90,7 @@ async def make_account(pool: Pool, nanos: int = 10**9) -> Account:
         virtual_key_id = await conn.fetchval(
             "SELECT virtual_key_id FROM app_api_keys WHERE id = $1", key_id
         )
-    return Account(account_id, virtual_key_id, key_id, key.secret)
+    return Account(account_id, virtual_key_id, key_id, key.secret, limit)
 
 
 BROKEN_ROWS = """
@@ -99,12 +111,28 @@ FULL JOIN (SELECT * FROM credit_ledger WHERE reason = 'charge') AS l
     AND l.amount_nanos = -r.price_nanos AND l.app_key_id = r.app_key_id
 WHERE r.request_id IS NULL OR l.reference IS NULL
 """
+# Every charge and adjustment, once, on the day on which its request began.
+WRONG_SPENDS = """
+SELECT l.virtual_key_id, l.day, l.spent, l.rows, s.spent_nanos, s.version
+FROM (
+    SELECT
+        l.virtual_key_id, date_trunc('day', r.started_at, 'UTC') AS day,
+        -sum(l.amount_nanos) AS spent, count(*) AS rows
+    FROM credit_ledger AS l
+    JOIN charge_receipts AS r ON r.request_id::text = l.reference
+    WHERE l.reason IN ('charge', 'adjust')
+    GROUP BY 1, 2
+) AS l
+FULL JOIN scope_spend AS s ON s.virtual_key_id = l.virtual_key_id AND s.window_start = l.day
+WHERE (l.spent, l.rows) IS DISTINCT FROM (s.spent_nanos::numeric, s.version)
+"""
 
 
 async def check_book(pool: Pool) -> None:
-    """Ledgers are gapless and sum up to the balances; charges and priced receipts pair up."""
+    """Ledgers are gapless and sum up to balances and spends; charges and receipts pair up."""
     assert await pool.fetch(BROKEN_ROWS) == []
     assert await pool.fetchval(UNPAIRED) == 0
+    assert await pool.fetch(WRONG_SPENDS) == []
 
 
 async def balance(pool: Pool, account: Account) -> int:

@@ -144,7 +144,7 @@ class Relay:
             kind = key.split("}:")[1].split(":")[0]
             if kind in {"h", "leases", "outbox"}:
                 left.append(key)
-            elif kind in {"a", "k"}:
+            elif kind in {"a", "k", "b"}:
                 found = await self._till.hmget(key, "held", "uncommitted", "open")
                 left += [key] if any(int(value or 0) for value in found) else []
         return left

@@ -17,12 +17,14 @@ from billing.errors import AccountUnknown, BookUnavailable
 from billing.prices import CostSource
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
 from billing.till import Confirmation, Scripts, Till
-from billing.till_epoch import AccountState, Epoch, TillBook
+from billing.till_epoch import AccountState, Epoch, SpendState, TillBook
 from billing.till_link import Script, TillLink
 from billing.till_scopes import (
+    BudgetScope,
     ScopeLimits,
     SpendScopes,
     account_scope_key,
+    budget_name,
     key_scope_key,
     shard_prefix,
     spend_scopes,
@@ -41,6 +43,7 @@ class Said:
         self.others = 0
         self.began_at = 0.0
         self.accounts: dict[UUID, AccountState] = {}
+        self.budgets: dict[str, SpendState] = {}
         self.reads = 0
         self.epoch_reads = 0
         self.is_away = False
@@ -68,6 +71,13 @@ class Said:
         if account_id not in self.accounts:
             raise AccountUnknown
         return self.accounts[account_id]
+
+    async def read_budget(self, budget: BudgetScope) -> SpendState:
+        self.reads += 1
+        await asyncio.sleep(0)
+        if self.is_away:
+            raise BookUnavailable
+        return self.budgets.get(budget_name(budget), SpendState(spent_nanos=0, version=0))
 
     async def read_epoch(self) -> Epoch:
         self.epoch_reads += 1
@@ -174,7 +184,7 @@ async def look(url: str, scopes: SpendScopes) -> InTill:
 
 
 async def look_with(client: Any, scopes: SpendScopes) -> InTill:
-    account_key, key_key = scopes.scope_keys
+    account_key, key_key = scopes.scope_keys[:2]
     names = [n async for n in client.scan_iter(f"{scopes.hold_prefix}*", count=1000)]
     pipe = client.pipeline(transaction=False)
     pipe.hgetall(account_key).hgetall(key_key).hgetall(scopes.outbox_key).zcard(scopes.leases_key)

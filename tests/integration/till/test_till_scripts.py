@@ -240,11 +240,11 @@ async def test_ending_a_request_works_when_memory_is_short(till_url: str) -> Non
 async def test_every_script_is_refused_with_an_epoch_of_nobody(till_url: str) -> None:
     async with running_link(till_url) as link:
         keys = ("{s00}:epoch", "{s00}:a:x")
-        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active")) == b"epoch"
+        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active", "")) == b"epoch"
         assert await link.run(SCRIPTS.shard, keys[:1], (1, "close")) == b"closed"
-        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active")) == b"epoch"
+        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active", "")) == b"epoch"
         assert await link.run(SCRIPTS.shard, keys[:1], (1, "open")) == b"open"
-        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active")) == b"seeded"
-        assert await link.run(SCRIPTS.seed, keys, (2, 9, 2, "active")) == b"epoch"
-        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "")) == b"kept"
+        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "active", "")) == b"seeded"
+        assert await link.run(SCRIPTS.seed, keys, (2, 9, 2, "active", "")) == b"epoch"
+        assert await link.run(SCRIPTS.seed, keys, (1, 5, 1, "", "")) == b"kept"
         assert await link.command(("HGET", keys[1], "posted")) == b"5"
