@@ -84,11 +84,13 @@ class Work(Table, frozen=True, kw_only=True):
 
 
 class Keys(Table, frozen=True, kw_only=True):
-    """API keys: their kind, the pepper of their digests and the local cache."""
+    """API keys: their kind, the pepper of their digests, what seals others' keys, the cache."""
 
     mode: Literal["live", "test"] = "live"
     pepper: Secret = Secret()
     pepper_previous: Secret = Secret()
+    encryption_key: Secret = Secret()
+    encryption_key_previous: Secret = Secret()
     cache_ttl_ms: Milliseconds = 4000
     cache_entries_max: Positive = 100_000
     per_account_max: Positive = 1000
@@ -117,6 +119,7 @@ class Limits(Table, frozen=True, kw_only=True):
     requests_per_minute_per_account: NotNegative = 0
     tokens_per_minute_per_key: NotNegative = 0
     tokens_per_minute_per_account: NotNegative = 0
+    open_grants_per_account: Positive = 1000
     drain_bytes_max: Positive = 64 * KIB
     drains_max: Positive = 200
     loop_lag_max_ms: Milliseconds = 20

@@ -154,6 +154,14 @@ def _over_rate(exc: billing.RateLimited) -> ApiError:
     return ApiError(429, "rate_limited", message, kind="rate_limit_error", headers=headers)
 
 
+def _too_many_grants(exc: keys.TooManyGrants) -> ApiError:
+    message = (
+        f"This account has {exc.limit} open grants, as many as it may have. "
+        "Revoke some, or wait for one to expire."
+    )
+    return ApiError(409, "too_many_grants", message)
+
+
 def _in_flight(_: Any) -> ApiError:
     message = (
         "The first request with this Idempotency-Key is still under way. "
@@ -241,6 +249,11 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.TooManyKeys: _too_many_keys,
     keys.RotationInProgress: _rotation_in_progress,
     keys.RotationMismatch: _rotation_mismatch,
+    keys.TooManyGrants: _too_many_grants,
+    keys.SealingKeyMissing: _unavailable(
+        "Upstream credentials cannot be kept here: no key is set."
+    ),
+    keys.SealBroken: _unavailable("The upstream credential cannot be opened."),
     billing.InsufficientCredit: _insufficient,
     billing.KeyLimitReached: _key_limit,
     billing.TooManyOpenRequests: _too_many,

@@ -59,3 +59,19 @@ class RotationInProgress(KeysError):
 
 class RotationMismatch(KeysError):
     """The Idempotency-Key was used for a rotation with another overlap."""
+
+
+class TooManyGrants(KeysError):
+    """The account has as many open grants as it may have."""
+
+    def __init__(self, *, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+
+class SealingKeyMissing(KeysError):
+    """There is no key to seal an upstream credential with."""
+
+
+class SealBroken(KeysError):
+    """An upstream credential cannot be opened."""

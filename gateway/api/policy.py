@@ -15,6 +15,7 @@ from litestar.types import Guard
 
 from gateway.errors import ApiError
 from gateway.relay.authenticate import credential_of
+from gateway.relay.bars import caller_address, check_address
 from gateway.relay.call import Caller
 from gateway.services import Services
 from keys.api_key import digest, is_well_formed
@@ -60,6 +61,9 @@ def guard(services: Services) -> Guard:
             connection.scope["state"][OPERATOR] = await require_operator(services, headers)
             return
         caller = await services.authenticator.authenticate(headers)
+        if caller.bars is not None:
+            peer = connection.scope.get("client")
+            check_address(caller.bars, caller_address(peer, headers, services.settings))
         _permit(policy, caller)
         connection.scope["state"][CALLER] = caller
 

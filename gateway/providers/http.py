@@ -7,14 +7,17 @@ Failure: UpstreamFailed.
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import Mapping
 
+from config.secret import Secret
 from gateway.providers.http_pool import Pool
 from gateway.providers.http_reply import HttpReply
-from gateway.providers.http_target import Origin, read_url, request_head
+from gateway.providers.http_target import HEAD_END, Origin, read_url, request_head
 
 IDLE_S = 30.0
+BEARER = re.compile(rb"[\x21-\x7e]+")
 
 
 class Target:
@@ -25,6 +28,13 @@ class Target:
     def __init__(self, pool: Pool, head: bytes) -> None:
         self.pool = pool
         self.head = head
+
+    def authorized(self, key: Secret) -> "Target":
+        """The same, with a bearer credential: printable ASCII without spaces."""
+        bearer = key.reveal().encode("ascii")
+        assert BEARER.fullmatch(bearer)
+        start = self.head.removesuffix(HEAD_END)
+        return Target(self.pool, b"%bauthorization: Bearer %b\r\n%b" % (start, bearer, HEAD_END))
 
 
 class HttpClient:

@@ -10,6 +10,8 @@ _HOST_CHARS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _PATH_SAFE = "/%:@!$&'()*+,;=~"
 # Framing and routing are the client's own.
 _OURS = frozenset({"connection", "content-length", "expect", "host", "te", "transfer-encoding"})
+# A head ends in the middle of this line: the length is that of each body.
+HEAD_END = b"content-length: "
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -46,7 +48,7 @@ def request_head(origin: Origin, path: bytes, headers: Mapping[str, str]) -> byt
         if not value.isprintable() or value != value.strip():
             raise ValueError(f"the header {name!r} has a value that cannot be sent")
         lines.append(f"{name}: {value}".encode())
-    lines.append(b"content-length: ")
+    lines.append(HEAD_END)
     return b"\r\n".join(lines)
 
 

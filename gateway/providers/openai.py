@@ -19,14 +19,19 @@ class OpenAIUpstream:
             "content-type": "application/json",
             "user-agent": "farebox",
         }
-        if provider.key:
-            headers["authorization"] = f"Bearer {provider.key.reveal()}"
         self._client = client
         base_url = provider.base_url.rstrip("/")
+        self._bare = {path: client.target(base_url + path, headers) for path in PATHS}
+        if provider.key:
+            headers["authorization"] = f"Bearer {provider.key.reveal()}"
         self._targets = {path: client.target(base_url + path, headers) for path in PATHS}
 
     async def send(self, request: UpstreamRequest) -> UpstreamReply:
-        return await self._client.post(self._targets[request.path], request.body)
+        if request.own_key is None:
+            target = self._targets[request.path]
+        else:
+            target = self._bare[request.path].authorized(request.own_key)
+        return await self._client.post(target, request.body)
 
     async def close(self) -> None:
         """The client is shared and closed by its owner."""

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import msgspec
 
+from config.secret import Secret
+
 
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One call as it goes out. `model` is the provider's own name for it."""
@@ -14,6 +16,8 @@ class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     stream: bool
     request_id: str
+    own_key: Secret | None = None
+    """The caller's own credential, instead of the provider's key."""
 
 
 class UpstreamFailed(Exception):

@@ -16,6 +16,7 @@ from gateway.errors import invalid, unavailable
 from gateway.protocols.chat import unknown_model
 from gateway.protocols.facts import CallFacts
 from gateway.relay.afford import bound_prompt, fit, likely_tokens, prompt_least, size_hold
+from gateway.relay.bars import check_model
 from gateway.relay.call import Arrival, Call, Caller, PublicModel
 from gateway.services import Services
 
@@ -25,6 +26,8 @@ FIT_TRIES = 3
 
 def prepare(services: Services, arrival: Arrival, caller: Caller, facts: CallFacts) -> Call:
     """The call that these facts ask for, with the size of its hold. Raises ApiError."""
+    if (allowed := caller.principal.models) is not None:
+        check_model(allowed, facts.model)
     model = services.catalog.find(facts.model)
     if model is None:
         raise unknown_model(facts.model, services.catalog.nearest(facts.model))

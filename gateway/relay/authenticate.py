@@ -19,7 +19,9 @@ from billing.till_scopes import BudgetScope, ScopeLimits, SpendScopes, spend_sco
 from billing.windows import BEGINNING
 from config.ids import id_text
 from config.settings import Settings
+from gateway.relay.bars import bars_of
 from gateway.relay.call import Caller
+from gateway.relay.own_keys import open_keys
 from gateway.supervise import Tasks
 from keys.api_key import KEY_LENGTH_MAX, digest, is_well_formed
 from keys.errors import (
@@ -59,6 +61,7 @@ class Authenticator:
 
     def __init__(self, settings: Settings, pool: Pool, tasks: Tasks) -> None:
         keys = settings.keys
+        self._keys = keys
         self._limits = settings.limits
         self._pool = pool
         self._tasks = tasks
@@ -163,13 +166,21 @@ class Authenticator:
             account=account_limits,
             key=key_limits,
         )
+        own_keys = open_keys(principal, self._keys)
+        is_whole = own_keys is None or len(own_keys) == len(principal.upstream_keys)
         return Caller(
             principal=principal,
             scopes=make(),
             budgeted=_budgeted(principal, make),
             account_text=f"acct_{id_text(principal.account_id)}",
             key_text=f"key_{id_text(key_id)}",
+            bars=bars_of(principal, has_lost_credential=not is_whole),
+            upstream_keys=own_keys,
         )
+
+    def forget(self, digest: bytes) -> None:
+        """Look a credential up again before it is used again, in this worker."""
+        self._entries.pop(digest, None)
 
 
 def _budgeted(principal: Principal, make: Callable[..., SpendScopes]) -> BudgetedScopes | None:

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from uuid import UUID
@@ -15,8 +16,10 @@ from billing.receipts import ChargeReceipt, FailedAttempt, Outcome, Provenance
 from billing.standing import Standings
 from billing.till_scopes import SpendScopes
 from config.ids import id_text, new_id
+from config.secret import Secret
 from gateway.protocols.facts import CallFacts
 from gateway.providers.upstream import Upstream
+from gateway.relay.bars import Bars
 from keys.principal import Principal
 
 
@@ -30,6 +33,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_text: str
     budgeted: BudgetedScopes | None = None
     """With one, if it has one."""
+    bars: Bars | None = None
+    """None: it may do everything, from anywhere, with the models of its principal."""
+    upstream_keys: Mapping[str, Secret] | None = None
+    """Its own credentials, by provider, instead of the providers' keys."""
 
     def scopes_at(self, moment: float) -> SpendScopes:
         """What a request spends from that came at that moment."""
@@ -228,6 +235,9 @@ class Call:
             finished_at=started_at,
             budget_window=budget.window if budget is not None else "",
         )
+        if principal.run_id or principal.graph_id:
+            # Of the credential alone: nothing that a client sends gets here.
+            self.receipt.run_id, self.receipt.graph_id = principal.run_id, principal.graph_id
         return self.receipt
 
     def next_route(self, failed: FailedAttempt) -> None:

@@ -35,10 +35,11 @@ CALLERS_OWN = frozenset({400, 413, 415, 422})
 # bill for it. As with our own deadline no other route is tried: the user would wait once more, and
 # the operator might pay twice.
 TOO_LATE = frozenset({408, 504, 524})
+CREDENTIALS = frozenset({401, 402, 403})
 REASONS = {
     **dict.fromkeys(CALLERS_OWN, "refused"),
     **dict.fromkeys(TOO_LATE, "timeout"),
-    **dict.fromkeys((401, 402, 403), "credential"),
+    **dict.fromkeys(CREDENTIALS, "credential"),
     404: "unknown_model",
     429: "rate_limited",
 }
@@ -82,13 +83,14 @@ async def forward(services: Services, call: Call, dog: Watchdog, client: Client)
 
 
 async def _send(services: Services, call: Call, dog: Watchdog) -> UpstreamReply:
-    route = call.route
+    route, own_keys = call.route, call.caller.upstream_keys
     request = UpstreamRequest(
         path=CHAT_PATH,
         model=route.upstream_model,
         body=upstream_body(call.facts, route.upstream_model, call.lowered_to),
         stream=call.facts.stream,
         request_id=call.request_id,
+        own_key=None if own_keys is None else own_keys.get(route.provider),
     )
     # crash-point: forward.unmarked
     # On the wire before the request is: whoever finds this hold knows that it may have cost.
@@ -156,8 +158,11 @@ def cost_in_header(reply: UpstreamReply) -> Decimal | None:
     return None if text is None else read_reported_usd(text.strip())
 
 
-async def read_error(reply: UpstreamReply, dog: Watchdog) -> ApiError:
+async def read_error(reply: UpstreamReply, dog: Watchdog, call: Call) -> ApiError:
     """The client's view of an answer whose status is not 2xx."""
+    own_keys = call.caller.upstream_keys
+    if reply.status in CREDENTIALS and own_keys is not None and call.route.provider in own_keys:
+        return _own_key_refused(reply.status)
     body = b""
     try:
         while len(body) < ERROR_BYTES_MAX and (chunk := await dog.wait(reply.read(), ERROR_READ_S)):
@@ -209,7 +214,7 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
         exc = upstream_error(message, status=503)
         exc.headers = ((b"retry-after", b"%d" % _retry_after_s(reply)),)
         return exc
-    if status in {401, 402, 403}:
+    if status in CREDENTIALS:
         message = f"The provider does not accept the gateway's credential (HTTP {status})."
         return upstream_error(f"{message} Tell the operator. {NOT_CHARGED}")
     if status == 404:
@@ -219,6 +224,14 @@ def _translate(reply: UpstreamReply, error: _Error) -> ApiError:
         message = f"The provider took too long (HTTP {status}). {NOT_CHARGED}"
         return upstream_error(message, status=504, code="upstream_timeout")
     return upstream_error(f"The provider failed (HTTP {status}){said} {NOT_CHARGED}")
+
+
+def _own_key_refused(status: int) -> ApiError:
+    message = (
+        f"The provider does not accept the upstream credential of this API key (HTTP {status}). "
+        f"Set another one, or delete it. {NOT_CHARGED}"
+    )
+    return upstream_error(message)
 
 
 def _retry_after_s(reply: UpstreamReply) -> int:

@@ -1,6 +1,6 @@
 """GET /v1/models and /v1/models/{id}: from memory, with prices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -9,7 +9,8 @@ from billing.errors import BillingError
 from gateway.errors import ApiError, to_api_error
 from gateway.http1.exchange import Exchange
 from gateway.protocols.chat import MODEL_LENGTH_MAX, unknown_model
-from gateway.relay.call import Arrival, PublicModel
+from gateway.relay.bars import caller_address, check_address
+from gateway.relay.call import Arrival, Caller, PublicModel
 from gateway.relay.http_in import JSON, own_headers, send_answer, send_error
 from gateway.services import Services
 from keys.errors import KeysError
@@ -21,30 +22,36 @@ DIGITS = 9 + 6 + 4
 
 
 async def list_models(services: Services, arrival: Arrival, exchange: Exchange) -> None:
-    def answer() -> object:
-        models = [_model(services, model) for model in services.catalog.all()]
-        return {"object": "list", "data": models}
+    def answer(caller: Caller) -> object:
+        models = _allowed(services.catalog.all(), caller)
+        return {"object": "list", "data": [_model(services, model) for model in models]}
 
     await _answer(services, arrival, exchange, answer)
 
 
 async def one_model(services: Services, arrival: Arrival, exchange: Exchange, model: str) -> None:
-    def answer() -> object:
+    def answer(caller: Caller) -> object:
         found = services.catalog.find(model)
+        name = model[:MODEL_LENGTH_MAX]
         if found is None:
-            name = model[:MODEL_LENGTH_MAX]
-            raise unknown_model(name, services.catalog.nearest(name))
+            near = filter(None, map(services.catalog.find, services.catalog.nearest(name)))
+            raise unknown_model(name, [one.name for one in _allowed(near, caller)])
+        if not _allowed([found], caller):
+            raise unknown_model(name, [])
         return _model(services, found)
 
     await _answer(services, arrival, exchange, answer)
 
 
 async def _answer(
-    services: Services, arrival: Arrival, exchange: Exchange, make: Callable[[], object]
+    services: Services, arrival: Arrival, exchange: Exchange, make: Callable[[Caller], object]
 ) -> None:
+    headers = dict(exchange.headers)
     try:
-        await services.authenticator.authenticate(dict(exchange.headers))
-        answer = make()
+        caller = await services.authenticator.authenticate(headers)
+        if caller.bars is not None:
+            check_address(caller.bars, caller_address(exchange.peer, headers, services.settings))
+        answer = make(caller)
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
         services.metrics.count_request(ROUTE, error.status, error.code)
@@ -52,6 +59,12 @@ async def _answer(
         return
     services.metrics.count_request(ROUTE, 200, "")
     send_answer(exchange, 200, [JSON, *own_headers(arrival)], msgspec.json.encode(answer))
+
+
+def _allowed(models: Iterable[PublicModel], caller: Caller) -> list[PublicModel]:
+    """Those that the caller may use."""
+    allowed = caller.principal.models
+    return [model for model in models if allowed is None or model.name in allowed]
 
 
 def _model(services: Services, model: PublicModel) -> dict[str, object]:

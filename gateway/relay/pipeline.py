@@ -10,6 +10,7 @@ from gateway.http1.exchange import Exchange
 from gateway.protocols import chat
 from gateway.relay.admit import admit, prepare
 from gateway.relay.aside import LARGE_BYTES
+from gateway.relay.bars import caller_address, check_address, check_inference
 from gateway.relay.call import Arrival, Call
 from gateway.relay.http_in import (
     ClientLeft,
@@ -81,6 +82,9 @@ async def _prepared(
     headers = dict(exchange.headers)
     check_headers(exchange, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
+    if caller.bars is not None:
+        check_address(caller.bars, caller_address(exchange.peer, headers, settings))
+        check_inference(caller.bars)
     note_labels(arrival, headers)
     once_key = headers.get(HEADER)
     if once_key is not None:

@@ -83,7 +83,9 @@ class Reply:
         try:
             self.upstream = await forward(self.services, self.call, self.dog, self.client)
             if not 200 <= self.upstream.status < 300:
-                await self.fail(await read_error(self.upstream, self.dog), Outcome.VOIDED)
+                await self.fail(
+                    await read_error(self.upstream, self.dog, self.call), Outcome.VOIDED
+                )
                 return
             self.header_usd = cost_in_header(self.upstream)
             content_type = (self.upstream.header("content-type") or "").lower()
