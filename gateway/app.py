@@ -8,7 +8,15 @@ from litestar.types import ASGIApp
 
 from billing.errors import BillingError
 from billing.figures import Figures, read
-from gateway.api import account, docs, keys, operator_accounts, operator_keys
+from gateway.api import (
+    account,
+    docs,
+    grants,
+    keys,
+    operator_accounts,
+    operator_keys,
+    upstream_credentials,
+)
 from gateway.api.body import BODY_BYTES_MAX
 from gateway.api.openapi import document
 from gateway.api.policy import Policy, guard, require_policies
@@ -20,6 +28,8 @@ from gateway.services import Services
 from keys.errors import KeysError
 
 __all__ = ["build_app"]
+
+RESOURCES = (keys, upstream_credentials, grants, account, operator_accounts, operator_keys)
 
 
 def build_app(services: Services) -> ASGIApp:
@@ -51,7 +61,7 @@ def build_app(services: Services) -> ASGIApp:
         return Response(text, media_type=CONTENT_TYPE.decode())
 
     handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
-    for resource in (keys, account, operator_accounts, operator_keys):
+    for resource in RESOURCES:
         handlers += resource.handlers(services)
     handlers += docs.handlers(services, lambda: document(handlers))
     require_policies(handlers)

@@ -253,6 +253,7 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.SealingKeyMissing: _unavailable(
         "Upstream credentials cannot be kept here: no key is set."
     ),
+    keys.CredentialNotFound: _not_found("The key has no credential of its own for that provider."),
     keys.SealBroken: _unavailable("The upstream credential cannot be opened."),
     billing.InsufficientCredit: _insufficient,
     billing.KeyLimitReached: _key_limit,

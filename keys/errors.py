@@ -75,3 +75,7 @@ class SealingKeyMissing(KeysError):
 
 class SealBroken(KeysError):
     """An upstream credential cannot be opened."""
+
+
+class CredentialNotFound(KeysError):
+    """The key has no upstream credential for that provider."""

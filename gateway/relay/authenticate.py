@@ -178,10 +178,6 @@ class Authenticator:
             upstream_keys=own_keys,
         )
 
-    def forget(self, digest: bytes) -> None:
-        """Look a credential up again before it is used again, in this worker."""
-        self._entries.pop(digest, None)
-
 
 def _budgeted(principal: Principal, make: Callable[..., SpendScopes]) -> BudgetedScopes | None:
     budget = principal.budget
