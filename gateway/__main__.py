@@ -7,12 +7,15 @@ from gateway.cli import (
     audit,
     bench,
     demo,
+    grants,
     keys,
     operators,
     receipts,
     serve,
     settings,
+    system,
     till,
+    upstream,
     work,
 )
 
@@ -31,7 +34,11 @@ main.add_command(settings.check)
 main.add_command(settings.config)
 main.add_command(accounts.accounts)
 main.add_command(accounts.credits)
+accounts.accounts.add_command(system.system)
 main.add_command(keys.keys)
+for each in upstream.COMMANDS:
+    keys.keys.add_command(each)
+main.add_command(grants.grants)
 main.add_command(operators.operators)
 main.add_command(receipts.receipts)
 main.add_command(audit.audit)

@@ -33,6 +33,7 @@ from gateway.cli.serve import (
     take_port,
     with_spool,
 )
+from gateway.cli.upstream import demo_encryption_key
 
 DEMO_CREDITS = "10000"
 DEMO_OPEN_MAX = 1000
@@ -61,15 +62,17 @@ def demo(
     folder = opts.data_dir.absolute()
     settings = load_config(opts.config or DEMO_CONFIG, server_overrides(flags)).settings
     with take_port(settings.server) as sock:
-        settings = _with_pepper(settings, folder)
+        settings = _with_own_secrets(settings, folder)
         settings = with_spool(_with_log_file(settings, folder), folder)
         run(_demo(settings, folder, sock, ready_file, as_json))
 
 
-def _with_pepper(settings: Settings, folder: Path) -> Settings:
-    if settings.keys.pepper:
-        return settings
-    keys = msgspec.structs.replace(settings.keys, pepper=demo_pepper(folder))
+def _with_own_secrets(settings: Settings, folder: Path) -> Settings:
+    keys = settings.keys
+    if not keys.pepper:
+        keys = msgspec.structs.replace(keys, pepper=demo_pepper(folder))
+    if not keys.encryption_key:
+        keys = msgspec.structs.replace(keys, encryption_key=demo_encryption_key(folder))
     return msgspec.structs.replace(settings, keys=keys)
 
 

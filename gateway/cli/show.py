@@ -19,6 +19,7 @@ PREFIXES = {
     "request_id": "rcpt_",
     "billing_account_id": "acct_",
     "app_key_id": "key_",
+    "grant_id": "grant_",
     "virtual_key_id": "vkey_",
     "operator_key_id": "opkey_",
 }

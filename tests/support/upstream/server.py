@@ -15,6 +15,8 @@ from .answer import BadMode, Facts
 from .wire import MAX_HEAD_BYTES, BadRequest, Reply, Request, Wire, read_request
 
 API_KEY = "upstream-key"
+# Of customers whose keys have a credential of their own.
+OWN_KEYS = "own-"
 KEPT_REQUESTS = 50
 MODE_NAMES = sorted({*modes.PLANS, *broken.BROKEN})
 
@@ -147,7 +149,7 @@ class Server:
         request = seen.request
         if request.path == "/v1/redirected":
             self.stats.redirects_followed += 1
-        if request.header("authorization") != f"Bearer {API_KEY}":
+        if not _is_known(request.header("authorization")):
             self.stats.unauthorized += 1
             text = "Incorrect API key provided."
             return await _plan(modes.failure(401, text, "invalid_api_key"), reply, headers)
@@ -193,6 +195,11 @@ class Server:
         if request.path == "/_last":
             body = [seen.as_json() for seen in self.last]
         await reply.whole(200, (("content-type", modes.JSON_TYPE),), json.dumps(body).encode())
+
+
+def _is_known(authorization: str | None) -> bool:
+    known = f"Bearer {API_KEY}"
+    return authorization == known or (authorization or "").startswith(f"Bearer {OWN_KEYS}")
 
 
 class BadBody(Exception):
