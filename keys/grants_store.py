@@ -17,10 +17,12 @@ import msgspec
 from config.ids import new_id
 from keys.api_key import Kind, NewKey, digest, generate
 from keys.errors import KeyNotFound, TooManyGrants
+from keys.principal import Permission
 from keys.store import Connection, translated
 
 LIFETIME_MAX = timedelta(days=30)
 TEXT_MAX = 200
+PERMISSIONS: tuple[Permission, ...] = ("infer",)
 
 
 class GrantTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +95,7 @@ INSERT INTO app_api_keys (
     id, billing_account_id, virtual_key_id, kind, name, prefix, last4, digest, expires_at, scopes,
     models, run_id, graph_id
 )
-SELECT $1, $2, own.id, 'grant', $4, $5, $6, $7, $8, '{infer}', $10, $11, $12
+SELECT $1, $2, own.id, 'grant', $4, $5, $6, $7, $8, $10, $11, $12, $13
 FROM own
 """
 
@@ -109,7 +111,7 @@ async def create_grant(
     values = (
         *(grant_id, account_id, new_id(), terms.name, new.prefix, new.last4),
         *(digest(new.secret.encode(), pepper), terms.expires_at, terms.budget_nanos),
-        *(terms.models, terms.run_id, terms.graph_id),
+        *(PERMISSIONS, terms.models, terms.run_id, terms.graph_id),
     )
     async with translated():
         try:
