@@ -159,7 +159,7 @@ def _too_many_grants(exc: keys.TooManyGrants) -> ApiError:
         f"This account has {exc.limit} open grants, as many as it may have. "
         "Revoke some, or wait for one to expire."
     )
-    return ApiError(409, "too_many_grants", message)
+    return ApiError(409, "too_many_grants", message, headers=FINAL)
 
 
 def _in_flight(_: Any) -> ApiError:
