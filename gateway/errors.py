@@ -156,8 +156,8 @@ def _over_rate(exc: billing.RateLimited) -> ApiError:
 
 def _too_many_grants(exc: keys.TooManyGrants) -> ApiError:
     message = (
-        f"This account has {exc.limit} open grants, as many as it may have. "
-        "Revoke some, or wait for one to expire."
+        f"This account has {exc.limit} grants that are open or were minted within an hour, as many "
+        "as it may have. Revoke some that are older, or wait."
     )
     return ApiError(409, "too_many_grants", message, headers=FINAL)
 

@@ -16,7 +16,6 @@ from litestar import Request, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, JSONBody
 
-from billing import book
 from billing.errors import TillRefused, TillUnavailable
 from billing.till_tell import tell_key_revoked
 from config.ids import id_text
@@ -36,6 +35,7 @@ from gateway.api.shapes import (
     read_cursor,
     read_ref,
 )
+from gateway.api.tenant import tenant
 from gateway.catalog import Catalog
 from gateway.services import Services
 from keys import grants_store
@@ -131,7 +131,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
     ) -> Page[GrantShown]:
         """The account's grants, newest first, ended ones too."""
         account_id, before = caller_of(request).principal.account_id, read_cursor(cursor, PREFIX)
-        async with book.acquire(services.pool) as conn:
+        async with tenant(services, account_id) as conn:
             records = await grants_store.list_grants(conn, account_id, limit + 1, before=before)
         return page_of(records, limit, PREFIX, lambda record: record.id, _shown)
 
@@ -139,7 +139,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
     async def read(request: AnyRequest, grant_id: FromPath[str]) -> GrantShown:
         """One grant."""
         account_id, uid = caller_of(request).principal.account_id, _read_id(grant_id)
-        async with book.acquire(services.pool) as conn:
+        async with tenant(services, account_id) as conn:
             return _shown(await grants_store.find_grant(conn, account_id, uid))
 
     @delete("/api/v1/grants/{grant_id:str}", policy=Policy.SESSION, status_code=200)
@@ -154,7 +154,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
 async def _mint(services: Services, account_id: UUID, wish: GrantWish) -> GrantWithSecret:
     settings = services.settings
     terms = wish.read(services.catalog, settings.keys.mode)
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         record, new = await grants_store.create_grant(
             conn,
             account_id,
@@ -168,7 +168,7 @@ async def _mint(services: Services, account_id: UUID, wish: GrantWish) -> GrantW
 
 async def _revoke(services: Services, account_id: UUID, grant_id: UUID) -> GrantShown:
     """In the book first, so that no seed of the till brings it back, then in the till."""
-    async with book.acquire(services.pool) as conn:
+    async with tenant(services, account_id) as conn:
         record = await grants_store.revoke_grant(conn, account_id, grant_id)
     log.info("grant.revoked", extra=_facts(record))
     try:

@@ -16,12 +16,12 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, JSONBody
 from msgspec import Meta
 
-from billing import book
 from config.ids import id_text
 from config.secret import Secret
 from gateway.api.body import Body
 from gateway.api.policy import Policy, caller_of
 from gateway.api.shapes import read_ref
+from gateway.api.tenant import tenant
 from gateway.errors import ApiError, unavailable
 from gateway.services import Services
 from keys import upstream_store
@@ -74,7 +74,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         """Set or replace a key's own credential for a provider."""
         _check_provider(services, provider)
         sealer, (account_id, uid) = _sealer(services), _owned(request, key_id)
-        async with book.acquire(services.pool) as conn:
+        async with tenant(services, account_id) as conn:
             credential = await upstream_store.put_credential(
                 conn, account_id, uid, provider, Secret(data.key), sealer=sealer
             )
@@ -84,8 +84,9 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
     @get(PATH, policy=Policy.SESSION)
     async def list_all(request: AnyRequest, key_id: FromPath[str]) -> CredentialsShown:
         """The providers for which a key has a credential of its own."""
-        async with book.acquire(services.pool) as conn:
-            found = await upstream_store.list_credentials(conn, *_owned(request, key_id))
+        account_id, uid = _owned(request, key_id)
+        async with tenant(services, account_id) as conn:
+            found = await upstream_store.list_credentials(conn, account_id, uid)
         return CredentialsShown(data=[_shown(credential) for credential in found])
 
     @get(PATH + "/{provider:str}", policy=Policy.SESSION)
@@ -93,9 +94,10 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         request: AnyRequest, key_id: FromPath[str], provider: FromPath[str]
     ) -> CredentialShown:
         """Whether a key has a credential of its own for a provider, and since when."""
-        async with book.acquire(services.pool) as conn:
-            owned = _owned(request, key_id)
-            return _shown(await upstream_store.find_credential(conn, *owned, provider))
+        account_id, uid = _owned(request, key_id)
+        async with tenant(services, account_id) as conn:
+            found = await upstream_store.find_credential(conn, account_id, uid, provider)
+        return _shown(found)
 
     @delete(PATH + "/{provider:str}", policy=Policy.SESSION, status_code=200)
     async def remove(
@@ -103,7 +105,7 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
     ) -> CredentialShown:
         """Go back to the provider's own key."""
         account_id, uid = _owned(request, key_id)
-        async with book.acquire(services.pool) as conn:
+        async with tenant(services, account_id) as conn:
             credential = await upstream_store.delete_credential(conn, account_id, uid, provider)
         log.info("key.credential_deleted", extra=_facts(account_id, uid, provider))
         return _shown(credential)

@@ -37,7 +37,7 @@ def soon(**more: float) -> str:
 
 async def infer(gateway: Gateway, key: str) -> tuple[int, Any]:
     body = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
-    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as client:
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=30) as client:
         answer = await client.post(gateway.base_url + "/chat/completions", json=body)
     return answer.status_code, answer.json()
 

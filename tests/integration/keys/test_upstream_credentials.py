@@ -59,7 +59,7 @@ async def world(
 
 async def infer(gateway: Gateway, key: str, model: str) -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "hello"}]}
-    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as client:
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=30) as client:
         return await client.post(gateway.base_url + "/chat/completions", json=body)
 
 
