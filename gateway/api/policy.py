@@ -63,7 +63,9 @@ def guard(services: Services) -> Guard:
         caller = await services.authenticator.authenticate(headers)
         if caller.bars is not None:
             peer = connection.scope.get("client")
-            check_address(caller.bars, caller_address(peer, headers, services.settings))
+            check_address(
+                caller.bars, caller_address(peer, connection.scope["headers"], services.settings)
+            )
         _permit(policy, caller)
         connection.scope["state"][CALLER] = caller
 

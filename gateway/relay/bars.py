@@ -3,17 +3,16 @@
 Most callers have no bars at all, and pay nothing for those of others.
 """
 
-from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Iterable
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import msgspec
 
 from config.settings import Settings
+from gateway.client_address import Network, client_address, read_address, read_networks
 from gateway.errors import NOT_CHARGED, ApiError, unavailable
 from keys.principal import Principal
-
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 
 IPV4_IN_IPV6 = IPv6Network("::ffff:0:0/96")
 MODELS_NAMED_MAX = 5
@@ -39,10 +38,11 @@ def bars_of(principal: Principal, *, has_lost_credential: bool = False) -> Bars 
 
 
 def caller_address(
-    peer: tuple[str, int] | None, headers: Mapping[bytes, bytes], settings: Settings
+    peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]], settings: Settings
 ) -> str:
-    """The address a request comes from: who opened the connection; "" for a Unix socket."""
-    return "" if peer is None else peer[0]
+    """The address a request comes from; "" for a Unix socket."""
+    trusted = _networks(tuple(settings.server.trusted_proxies))
+    return "" if peer is None else client_address(peer[0], headers, trusted)
 
 
 def check_address(bars: Bars, address: str) -> None:
@@ -79,13 +79,13 @@ def _forbidden(code: str, message: str, param: str | None = None) -> ApiError:
 
 
 def _is_in(networks: tuple[Network, ...], text: str) -> bool:
-    try:
-        address: Address = ip_address(text)
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return any(address in network for network in networks)
+    address = read_address(text)
+    return address is not None and any(address in network for network in networks)
+
+
+@lru_cache(maxsize=8)
+def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
+    return read_networks(texts)
 
 
 def _network(text: str) -> Network:

@@ -50,7 +50,9 @@ async def _answer(
     try:
         caller = await services.authenticator.authenticate(headers)
         if caller.bars is not None:
-            check_address(caller.bars, caller_address(exchange.peer, headers, services.settings))
+            check_address(
+                caller.bars, caller_address(exchange.peer, exchange.headers, services.settings)
+            )
         answer = make(caller)
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)

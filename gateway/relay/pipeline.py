@@ -83,7 +83,7 @@ async def _prepared(
     check_headers(exchange, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
     if caller.bars is not None:
-        check_address(caller.bars, caller_address(exchange.peer, headers, settings))
+        check_address(caller.bars, caller_address(exchange.peer, exchange.headers, settings))
         check_inference(caller.bars)
     note_labels(arrival, headers)
     once_key = headers.get(HEADER)

@@ -45,7 +45,7 @@ def test_a_caller_without_bars_has_none() -> None:
         ("203.0.113.7", "::/0", False),
         ("2001:db8::1", "2001:db8::/32", True),
         ("2001:db9::1", "2001:db8::/32", False),
-        ("2001:db8::1%eth0", "2001:db8::/32", True),
+        ("2001:db8::1%eth0", "2001:db8::/32", False),
         ("2001:db8::1", "0.0.0.0/0", False),
         ("", "0.0.0.0/0", False),
         ("unix:", "0.0.0.0/0", False),
