@@ -1,5 +1,6 @@
 """`/api/v1/grants` over HTTP on a running gateway: minted, used, seen, revoked, and by whom."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -7,6 +8,7 @@ from uuid import UUID
 import httpx
 import pytest
 
+from billing.money import credits_text
 from config.ids import id_text, new_id, read_id
 from tests.support.gateway import Gateway, eventually
 from tests.support.people import Person, calling
@@ -87,6 +89,24 @@ async def test_the_virtual_key_of_a_grant_has_its_budget_for_all_of_its_life(
         kept = (row["budget_window"], row["is_default"], row["scopes"], row["kind"])
         assert kept == ("total", False, ["infer"], "grant")
     assert first["budget"]["window"] == "total"
+
+
+async def test_a_grant_never_spends_above_its_budget_whatever_runs_at_once(
+    gateway: Gateway, alice: Person
+) -> None:
+    """A call costs some 0.25 credits, and holds 4 for its 500 tokens of output."""
+    made = await alice.post("/grants", wish(budget={"credits": "9"}), 201)
+    answers = await asyncio.gather(*(infer(gateway, made["key"]) for _ in range(30)))
+    refused = [a.json()["error"] for a in answers if a.status_code == 402]
+    rows = await receipts_of(gateway, alice.account_id, 30 - len(refused))
+    budget = (await alice.get(f"/grants/{made['id']}"))["budget"]
+
+    assert {answer.status_code for answer in answers} == {200, 402}
+    assert {error["code"] for error in refused} == {"key_limit_reached"}
+    spent = sum(row["price_nanos"] for row in rows)
+    assert 0 < spent <= 9_000_000
+    assert budget["spent"]["credits"] == credits_text(spent)
+    assert budget["remaining"]["credits"] == credits_text(9_000_000 - spent)
 
 
 async def test_no_request_names_its_own_run(gateway: Gateway, alice: Person) -> None:
