@@ -8,7 +8,7 @@ from litestar.types import ASGIApp
 
 from billing.errors import BillingError
 from billing.figures import Figures, read
-from gateway.api import account, docs, keys, operator_accounts, operator_keys
+from gateway.api import account, auth, docs, keys, operator_accounts, operator_keys
 from gateway.api.body import BODY_BYTES_MAX
 from gateway.api.openapi import document
 from gateway.api.policy import Policy, guard, require_policies
@@ -51,7 +51,7 @@ def build_app(services: Services) -> ASGIApp:
         return Response(text, media_type=CONTENT_TYPE.decode())
 
     handlers: list[HTTPRouteHandler] = [livez, readyz, metrics]
-    for resource in (keys, account, operator_accounts, operator_keys):
+    for resource in (auth, keys, account, operator_accounts, operator_keys):
         handlers += resource.handlers(services)
     handlers += docs.handlers(services, lambda: document(handlers))
     require_policies(handlers)

@@ -18,6 +18,7 @@ from config.ids import id_text, new_id
 from gateway.protocols.facts import CallFacts
 from gateway.providers.upstream import Upstream
 from keys.principal import Principal
+from keys.session import Session
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_text: str
     budgeted: BudgetedScopes | None = None
     """With one, if it has one."""
+    session: Session | None = None
+    """Of somebody who signed in; keys have none."""
 
     def scopes_at(self, moment: float) -> SpendScopes:
         """What a request spends from that came at that moment."""

@@ -43,7 +43,7 @@ async def _answer(
     services: Services, arrival: Arrival, exchange: Exchange, make: Callable[[], object]
 ) -> None:
     try:
-        await services.authenticator.authenticate(dict(exchange.headers))
+        await services.authenticator.authenticate(dict(exchange.headers), exchange.method)
         answer = make()
     except (ApiError, KeysError, BillingError) as exc:
         error = to_api_error(exc)
