@@ -10,11 +10,18 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from config.secret import Secret
-from config.settings import Model, Price, Provider, Server
+from config.settings import Chain, Identity, Model, Price, Provider, Server
 
 PRICE = re.compile(r"[0-9]{1,7}(\.[0-9]{1,9})?")
 # billing.money refuses rates beyond this: amounts must fit a bigint.
 PRICE_MAX = Decimal(100_000)
+# Lower case and ASCII, without what a browser would leave out of an Origin header.
+ORIGIN = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])"
+    r"(?::(?P<port>[1-9][0-9]{0,4}))?"
+)
+ORIGIN_LENGTH_MAX = 255
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+~-]{0,127}")
 PEPPER_CHARACTERS_MIN = 32
 OBVIOUS = re.compile(
@@ -43,8 +50,35 @@ def broken(table: Struct) -> Iterator[tuple[str, str]]:
             for text in table.trusted_proxies:
                 if not _is_network(text):
                     yield "trusted_proxies", "expected networks such as 10.0.0.0/8 or ::1/128"
+        case Identity() if table.public_origin and not is_origin(table.public_origin):
+            yield (
+                "public_origin",
+                "expected https://host[:port], or http:// on loopback, in lower case",
+            )
+        case Chain():
+            for url in rpc_urls(table):
+                if wrong := _wrong_node(url):
+                    yield "rpc_urls", wrong
         case _:
             return
+
+
+def is_origin(text: str) -> bool:
+    """True for an origin as browsers write it, that may be signed in at."""
+    found = ORIGIN.fullmatch(text)
+    if found is None or len(text) > ORIGIN_LENGTH_MAX:
+        return False
+    scheme, host, port = found["scheme"], found["host"], found["port"]
+    if port is not None and not 0 < int(port) < 65_536:
+        return False
+    # Browsers leave out the port that goes without saying.
+    is_plain = port != {"http": "80", "https": "443"}[scheme]
+    return is_plain and (scheme == "https" or host in LOOPBACK_HOSTS)
+
+
+def rpc_urls(chain: Chain) -> list[str]:
+    """The nodes of a chain, in the order in which they are asked."""
+    return [url for part in chain.rpc_urls.reveal().split(",") if (url := part.strip())]
 
 
 def wrong_secret(secret: Secret) -> str | None:
@@ -109,6 +143,18 @@ def _is_network(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _wrong_node(url: str) -> str | None:
+    """Unlike a provider's, the URL of a node often carries its credential."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not url.isascii() or " " in url:
+        return "expected http:// or https:// URLs, separated by commas"
+    return None
 
 
 def _price(price: Price) -> Iterator[tuple[str, str]]:

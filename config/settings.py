@@ -25,6 +25,10 @@ Seconds = Annotated[float, Meta(gt=0, le=DAY_S)]
 Percent = Annotated[int, Meta(ge=1, le=100)]
 # Below 10,000 the user price is below the provider cost: every request would lose money.
 MarkupBps = Annotated[int, Meta(ge=10_000, le=1_000_000)]
+SessionSeconds = Annotated[int, Meta(ge=60, le=30 * DAY_S)]
+SessionCount = Annotated[int, Meta(ge=1, le=1000)]
+PerMinute = Annotated[int, Meta(ge=1, le=1000)]
+ChainId = Annotated[int, Meta(ge=1, le=INT_MAX)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 
 KIB = 1024
@@ -94,6 +98,29 @@ class Keys(Table, frozen=True, kw_only=True):
     cache_ttl_ms: Milliseconds = 4000
     cache_entries_max: Positive = 100_000
     per_account_max: Positive = 1000
+
+
+class Identity(Table, frozen=True, kw_only=True):
+    """Who may sign in with a wallet, where, and for how long a session lasts."""
+
+    public_origin: str = ""
+    chain_ids: tuple[ChainId, ...] = (8453, 1)
+    session_ttl_s: SessionSeconds = 12 * 3600
+    session_idle_s: SessionSeconds = 3600
+    contract_session_ttl_s: SessionSeconds = 3600
+    sessions_per_user_max: SessionCount = 20
+    tries_per_address_per_minute: PerMinute = 60
+    tries_per_wallet_per_minute: PerMinute = 10
+    verify_timeout_s: WholeSeconds = 10
+    verifies_pending_max: Positive = 64
+
+
+class Chain(Table, frozen=True, kw_only=True):
+    """The chain that contract wallets are asked on; without an RPC they cannot sign in."""
+
+    id: ChainId = 8453
+    rpc_urls: Secret = Secret()
+    timeout_s: Seconds = 3.0
 
 
 class Billing(Table, frozen=True, kw_only=True):
@@ -210,6 +237,8 @@ class Settings(Table, frozen=True, kw_only=True):
     till: Till = Till()
     work: Work = Work()
     keys: Keys = Keys()
+    identity: Identity = Identity()
+    chain: Chain = Chain()
     billing: Billing = Billing()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()

@@ -10,6 +10,7 @@ from billing.errors import BillingError
 from billing.figures import Figures, read
 from gateway.api import (
     account,
+    auth,
     docs,
     grants,
     keys,
@@ -29,7 +30,7 @@ from keys.errors import KeysError
 
 __all__ = ["build_app"]
 
-RESOURCES = (keys, upstream_credentials, grants, account, operator_accounts, operator_keys)
+RESOURCES = (auth, keys, upstream_credentials, grants, account, operator_accounts, operator_keys)
 
 
 def build_app(services: Services) -> ASGIApp:

@@ -231,6 +231,21 @@ def _not_found(message: str) -> Callable[[Any], ApiError]:
     return lambda _: ApiError(404, "not_found", message)
 
 
+def _login_refused(exc: keys.LoginRefused) -> ApiError:
+    message = f"{exc.reason} You are not signed in."
+    return ApiError(401, "login_refused", message, kind="authentication_error")
+
+
+def _session_invalid(_: Any) -> ApiError:
+    message = f"You are not signed in, or your session has ended. Sign in again. {NOT_CHARGED}"
+    return ApiError(401, "session_invalid", message, kind="authentication_error")
+
+
+def _wallet_taken(_: Any) -> ApiError:
+    message = "This wallet belongs to another user."
+    return ApiError(409, "wallet_taken", message, headers=FINAL)
+
+
 # Every exception class of keys.errors and billing.errors stands here; a test holds us to it.
 _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     keys.CredentialMissing: _unauthorized(
@@ -255,6 +270,16 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     ),
     keys.CredentialNotFound: _not_found("The key has no credential of its own for that provider."),
     keys.SealBroken: _unavailable("The upstream credential cannot be opened."),
+    keys.LoginRefused: _login_refused,
+    keys.VerifierUnavailable: _unavailable("Signatures cannot be verified right now."),
+    keys.ChainUnavailable: _unavailable("The chain of this wallet does not answer right now."),
+    keys.SessionsUnavailable: _unavailable("Sessions cannot be looked up right now."),
+    keys.SessionInvalid: _session_invalid,
+    keys.WalletTaken: _wallet_taken,
+    keys.OriginMismatch: _forbidden(
+        "origin_mismatch",
+        "With a session this needs an Origin header that names this gateway.",
+    ),
     billing.InsufficientCredit: _insufficient,
     billing.KeyLimitReached: _key_limit,
     billing.TooManyOpenRequests: _too_many,

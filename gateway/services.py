@@ -22,6 +22,7 @@ from billing.tokens import TokenCounter
 from config.ids import id_text, new_id
 from config.settings import Settings
 from gateway.catalog import Catalog, build_catalog
+from gateway.client_address import read_networks
 from gateway.holds import HoldKeeper
 from gateway.metrics import Metrics, watch_loop
 from gateway.providers.http import HttpClient
@@ -31,6 +32,7 @@ from gateway.relay.http_in import Bodies
 from gateway.relay.once import Claims
 from gateway.relay.watchdog import Watchdogs
 from gateway.shedding import Shedding
+from gateway.sign_in import SignIn
 from gateway.spooling import make_spool, replay_orphans, unposted
 from gateway.supervise import Tasks
 
@@ -56,7 +58,6 @@ class Services:
         self.client = HttpClient(settings.timeouts.upstream_connect_s)
         self.catalog: Catalog = build_catalog(settings, self.client)
         self.prices = PriceBook([])
-        self.authenticator = Authenticator(settings, pool, self.tasks)
         self.shedding = Shedding(settings, metrics, self.tasks)
         scripts = Scripts()
         self.link = TillLink(
@@ -66,7 +67,10 @@ class Services:
             stall_timeout_s=settings.till.stall_timeout_ms / 1000,
             pending_max=settings.till.calls_pending_max,
         )
+        self.proxies = read_networks(settings.server.trusted_proxies)
         self.limiter = Limiter(self.link, scripts.rate)
+        self.sign_in = SignIn(settings, pool, self.link, self.tasks)
+        self.authenticator = Authenticator(settings, pool, self.tasks, self.sign_in.sessions)
         worker = worker_name()
         self.till = Till(
             self.link,

@@ -79,3 +79,36 @@ class SealBroken(KeysError):
 
 class CredentialNotFound(KeysError):
     """The key has no upstream credential for that provider."""
+
+
+class LoginRefused(KeysError):
+    """This sign-in is refused."""
+
+    def __init__(self, reason: str) -> None:
+        """reason: one sentence that may be shown; it repeats nothing of what was sent."""
+        Exception.__init__(self, reason)
+        self.reason = reason
+
+
+class VerifierUnavailable(KeysError):
+    """Signatures cannot be verified now."""
+
+
+class ChainUnavailable(KeysError):
+    """The chain did not answer in time."""
+
+
+class SessionsUnavailable(KeysError):
+    """Sessions cannot be looked up now."""
+
+
+class SessionInvalid(KeysError):
+    """There is no such session, or it has ended."""
+
+
+class WalletTaken(KeysError):
+    """This wallet belongs to somebody else."""
+
+
+class OriginMismatch(KeysError):
+    """A session may change something only from this gateway's own pages."""

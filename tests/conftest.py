@@ -14,6 +14,7 @@ import redis.asyncio
 from gateway.embedded.postgres import EmbeddedPostgres
 from gateway.embedded.valkey import EmbeddedValkey
 from migrations.runner import migrate
+from tests.support.evm import Node, running_anvil
 from tests.support.gateway import Gateway, running_gateway
 from tests.support.upstream.launch import Upstream, running_upstream
 
@@ -80,6 +81,13 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def upstream_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
     with running_upstream(tmp_path_factory.mktemp("upstream")) as upstream:
         yield upstream
+
+
+@pytest.fixture(scope="session")
+def anvil() -> Iterator[Node]:
+    """A chain of this run's own, with the id of Base."""
+    with running_anvil() as node:
+        yield node
 
 
 @pytest.fixture

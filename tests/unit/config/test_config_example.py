@@ -19,7 +19,8 @@ def switched_on(folder: Path) -> Path:
     """Write the example with every optional line in force and its secret files present."""
     text = OPTIONAL_LINE.sub("", EXAMPLE.read_text()).replace("/run/secrets", str(folder))
     for name in re.findall(rf"{re.escape(str(folder))}/(\w+)", text):
-        (folder / name).write_text(f"{name} secret")
+        secret = "https://node.example" if name == "rpc_urls" else f"{name} secret"
+        (folder / name).write_text(secret)
     path = folder / "all.toml"
     path.write_text(text)
     return path

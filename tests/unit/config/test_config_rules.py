@@ -2,6 +2,8 @@ import pytest
 
 from config.errors import ConfigError
 from config.load import load
+from config.rules import is_origin, rpc_urls
+from config.secret import Secret
 
 ECHO = {"providers.echo": {"kind": "echo"}}
 ROUTES = {"routes": [{"provider": "echo"}]}
@@ -132,3 +134,40 @@ def test_networks_of_proxies_come_from_the_environment_as_json():
     environ = {"FAREBOX_SERVER__TRUSTED_PROXIES": '["10.0.0.0/8", "::1/128"]'}
 
     assert load(None, environ).settings.server.trusted_proxies == ("10.0.0.0/8", "::1/128")
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_one"),
+    [
+        ("https://farebox.example", True),
+        ("https://farebox.example:8443", True),
+        ("http://localhost:8080", True),
+        ("http://127.0.0.1", True),
+        ("http://[::1]:8080", True),
+        ("http://farebox.example", False),
+        ("https://farebox.example/", False),
+        ("https://farebox.example:443", False),
+        ("http://localhost:80", False),
+        ("https://Farebox.example", False),
+        ("https://user@farebox.example", False),
+        ("https://f\u00e4rebox.example", False),
+        ("https://farebox.example:70000", False),
+        ("http://localhost.evil.example", False),
+        ("https://" + "a" * 300, False),
+        ("farebox.example", False),
+    ],
+)
+def test_an_origin_is_written_as_browsers_write_it(origin, is_one):
+    assert is_origin(origin) is is_one
+
+
+def test_identity_and_chain_are_held_to_their_rules():
+    nodes = Secret("https://node.example/key, ,http://127.0.0.1:8545")
+
+    (problem,) = problems({"identity.public_origin": "https://a.example/b"})
+    assert problem.startswith("identity.public_origin: expected https://host[:port], or http://")
+    (problem,) = problems({"chain.rpc_urls": Secret("https://a.example,ftp://b.example")})
+    assert problem == "chain.rpc_urls: expected http:// or https:// URLs, separated by commas"
+    loaded = load(None, {"FAREBOX_IDENTITY__CHAIN_IDS": "[1, 10]"}, {"chain.rpc_urls": nodes})
+    assert rpc_urls(loaded.settings.chain) == ["https://node.example/key", "http://127.0.0.1:8545"]
+    assert loaded.settings.identity.chain_ids == (1, 10)
