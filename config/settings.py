@@ -48,10 +48,17 @@ class Server(Table, frozen=True, kw_only=True):
 
 
 class Book(Table, frozen=True, kw_only=True):
-    """The ledger in Postgres; an empty url means the embedded one."""
+    """The ledger in Postgres; an empty url means the embedded one.
+
+    `shared` roles are for development: one login that acts as both (billing/roles.py).
+    """
 
     url: Secret = Secret()
+    request_url: Secret = Secret()
+    migrate_url: Secret = Secret()
+    roles: Literal["separate", "shared"] = "separate"
     pool_size_max: Positive = 4
+    request_pool_size_max: Positive = 2
     connect_timeout_s: WholeSeconds = 5
     statement_timeout_ms: Milliseconds = 5000
     commit_batch_max: Positive = 256
@@ -84,11 +91,16 @@ class Work(Table, frozen=True, kw_only=True):
 
 
 class Keys(Table, frozen=True, kw_only=True):
-    """API keys: their kind, the pepper of their digests and the local cache."""
+    """API keys: their kind, the pepper of their digests and the local cache.
+
+    The encryption key is for credentials of providers that belong to a virtual key.
+    """
 
     mode: Literal["live", "test"] = "live"
     pepper: Secret = Secret()
     pepper_previous: Secret = Secret()
+    encryption_key: Secret = Secret()
+    encryption_key_previous: Secret = Secret()
     cache_ttl_ms: Milliseconds = 4000
     cache_entries_max: Positive = 100_000
     per_account_max: Positive = 1000

@@ -125,6 +125,7 @@ def make_settings(
     values: dict[str, object] = {
         "keys.pepper": Secret(PEPPER),
         "keys.mode": "test",
+        "book.roles": "shared",
         "metrics.open": True,
         "limits.open_requests_per_key": 1000,
         "limits.open_requests_per_account": 1000,
