@@ -148,9 +148,11 @@ def wrong_shared(found: Login, role: str) -> list[str]:
 def _too_mighty(found: Login) -> list[str]:
     """What no login that serves may be or do."""
     who = found.login
+    # All the rest follows from either.
+    if who in found.superusers:
+        return [f"{who} is a superuser"]
     if found.superusers:
-        # All the rest follows from it.
-        return [f"{who} is or may become a superuser ({', '.join(found.superusers)})"]
+        return [f"{who} may become a superuser ({', '.join(found.superusers)})"]
     said = {
         "bypasses row level security": found.bypassing,
         "may create roles": found.creating_roles,

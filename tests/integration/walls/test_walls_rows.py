@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from billing.book import acquire, as_tenant
+from billing.book import Connection, acquire, as_tenant
 from billing.roles import REQUEST, as_role
 from keys.errors import KeysUnavailable
 from keys.store import KeyTerms, create_key, list_keys
@@ -53,7 +53,7 @@ async def counts(admin: asyncpg.Connection, account_id: UUID) -> dict[str, int]:
     }
 
 
-async def seen(tenant: asyncpg.Connection) -> dict[str, int]:
+async def seen(tenant: Connection) -> dict[str, int]:
     return {
         table: await tenant.fetchval(f"SELECT count(*) FROM {table}") for table in TENANT_TABLES
     }
