@@ -23,7 +23,7 @@ TOKEN_REST_MIN = 8
 KEY_BYTES_MIN = 32
 # Of 32 random bytes some thirty are different.
 KEY_BYTES_DIFFERENT_MIN = 16
-HEX = re.compile(r"(?:[0-9a-fA-F]{2})+")
+HEX = re.compile(r"[0-9a-fA-F]+")
 
 
 def weakness(secret: Secret) -> str | None:
@@ -51,12 +51,13 @@ def _guessable(text: str, characters_min: int, rest_min: int) -> str | None:
 def key_bytes(secret: Secret) -> bytes:
     """The bytes of an encryption key written as hex or base64. Raises ValueError."""
     text = secret.reveal().strip()
-    # 64 hex digits are also base64, of 48 other bytes: hex is what was meant.
-    if HEX.fullmatch(text) and len(text) >= 2 * KEY_BYTES_MIN:
-        return bytes.fromhex(text)
     try:
-        plain = text.replace("-", "+").replace("_", "/").rstrip("=")
-        key = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        # Hex digits are also base64, of more and other bytes: hex is what was meant.
+        if HEX.fullmatch(text):
+            key = bytes.fromhex(text)
+        else:
+            plain = text.replace("-", "+").replace("_", "/").rstrip("=")
+            key = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
         key = b""
     if len(key) < KEY_BYTES_MIN:

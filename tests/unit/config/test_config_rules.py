@@ -2,6 +2,7 @@ import pytest
 
 from config.errors import ConfigError
 from config.load import load
+from config.secret import Secret
 
 ECHO = {"providers.echo": {"kind": "echo"}}
 ROUTES = {"routes": [{"provider": "echo"}]}
@@ -132,3 +133,21 @@ def test_networks_of_proxies_come_from_the_environment_as_json():
     environ = {"FAREBOX_SERVER__TRUSTED_PROXIES": '["10.0.0.0/8", "::1/128"]'}
 
     assert load(None, environ).settings.server.trusted_proxies == ("10.0.0.0/8", "::1/128")
+
+
+def test_logins_without_a_book_of_ones_own_or_beside_a_shared_one_are_refused():
+    url = Secret("postgresql://u@h/d")
+
+    assert problems({"book.request_url": url, "book.migrate_url": url}) == (
+        "book.request_url: needs url: the embedded book has its own login",
+        "book.migrate_url: needs url: the embedded book has its own login",
+    )
+    assert problems({"book.url": url, "book.request_url": url, "book.roles": "shared"}) == (
+        'book.request_url: not for roles = "shared"',
+    )
+
+
+def test_a_previous_encryption_key_needs_a_present_one():
+    assert problems({"keys.encryption_key_previous": Secret("x")}) == (
+        "keys.encryption_key_previous: needs encryption_key",
+    )
