@@ -2,20 +2,25 @@
 
 import asyncio
 import os
+import re
 import signal
+from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from config.ids import read_id
+from gateway.embedded.postgres import programs
 from migrations.runner import Migration, MigrationError, migrate, read_migrations
 from tests.conftest import database_url
 from tests.support.farebox import PEPPER, Done, farebox, running_serve
 from tests.support.gateway import eventually
 from tests.support.rawclient import Outcome, chat, connect, exchange
-from tests.support.walls import login_url, make_logins
+from tests.support.walls import PASSWORD, login_url, make_logins
 
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "production.md"
 CONFIG = """
 [keys]
 mode = "test"
@@ -141,29 +146,53 @@ async def test_one_login_for_everything_is_for_development_and_says_so(
     assert said.count('"book.roles_shared"') == 1
 
 
-async def test_the_owner_migrates_by_a_url_of_its_own(
+def sql_of_the_guide(starts: str, database: str) -> str:
+    """A block of SQL that operators are told to run, for a database and with a password of ours."""
+    blocks = re.findall(r"```sql\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if block.startswith(starts))
+    for role in ("farebox_request", "farebox_worker"):
+        block = block.replace(f"CREATE ROLE {role} NOLOGIN;\n", "")
+    block = block.replace("DATABASE farebox ", f"DATABASE {database} ")
+    return block.replace("PASSWORD '...'", f"PASSWORD '{PASSWORD}'")
+
+
+async def test_what_the_guide_says_makes_a_book_that_passes_and_can_be_backed_up(
     env: dict[str, str], postgres_url: str, tmp_path: Path
 ) -> None:
     admin = await asyncpg.connect(postgres_url)
-    await admin.execute("CREATE DATABASE fresh OWNER login_owner")
-    fresh = database_url(postgres_url, "fresh")
-    urls = {
-        "FAREBOX_DATABASE_URL": login_url(fresh, "login_worker"),
-        "FAREBOX_BOOK__REQUEST_URL": login_url(fresh, "login_request"),
+    for statement in sql_of_the_guide("CREATE ROLE farebox_request", "guided").splitlines():
+        await admin.execute(statement)
+    guided = database_url(postgres_url, "guided")
+    own = {
+        **env,
+        "FAREBOX_DATABASE_URL": login_url(guided, "farebox_serve"),
+        "FAREBOX_BOOK__REQUEST_URL": login_url(guided, "farebox_tenant"),
     }
-    (tmp_path / "owner").write_text(login_url(fresh, "login_owner"))
+    (tmp_path / "owner").write_text(login_url(guided, "farebox_owner"))
     owner = {"FAREBOX_BOOK__MIGRATE_URL_FILE": str(tmp_path / "owner")}
     try:
-        before = await farebox("check", cwd=tmp_path, **{**env, **urls})
-        migrated = await farebox("migrate", "--json", cwd=tmp_path, **{**env, **urls, **owner})
-        after = await farebox("check", cwd=tmp_path, **{**env, **urls})
+        before = await farebox("check", cwd=tmp_path, **own)
+        migrated = await farebox("migrate", "--json", cwd=tmp_path, **{**own, **owner})
+        after = await farebox("check", cwd=tmp_path, **own)
+        made = await farebox("accounts", "create", "--json", cwd=tmp_path, **own)
+        for statement in sql_of_the_guide("CREATE ROLE farebox_backup", "guided").splitlines():
+            await admin.execute(statement)
+        backup = login_url(guided, "farebox_backup")
+        dumped = await asyncio.create_subprocess_exec(
+            *(programs() / "pg_dump", "--enable-row-security", backup), stdout=PIPE
+        )
+        dump, _ = await dumped.communicate()
     finally:
-        await admin.execute("DROP DATABASE fresh WITH (FORCE)")
+        await admin.execute("DROP DATABASE guided WITH (FORCE)")
+        logins = ("farebox_owner", "farebox_serve", "farebox_tenant", "farebox_backup")
+        await admin.execute(f"DROP ROLE IF EXISTS {', '.join(logins)}")
         await admin.close()
 
     assert (before.status, "run farebox migrate" in before.err) == (1, True)
     assert migrated.json["applied"]
     assert (after.status, after.err) == (0, "")
+    assert (dumped.returncode, made.status) == (0, 0)
+    assert str(read_id(made.json["billing_account_id"])) in dump.decode()
 
 
 def renamed(to: str) -> list[Migration]:
