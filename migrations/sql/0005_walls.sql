@@ -47,7 +47,8 @@ GRANT UPDATE (spent_nanos, version) ON scope_spend TO farebox_worker;
 GRANT UPDATE (expires_at, revoked_at) ON operator_keys TO farebox_worker;
 GRANT UPDATE (kind, proved_at) ON wallets TO farebox_worker;
 GRANT UPDATE (
-    balance_nanos, version, status, open_requests_max, requests_per_minute, tokens_per_minute
+    balance_nanos, version, status, status_reason, status_changed_at, open_requests_max,
+    requests_per_minute, tokens_per_minute
 ) ON billing_accounts TO farebox_worker;
 
 GRANT SELECT ON

@@ -26,8 +26,8 @@ KEY_COLUMNS = frozenset(
 ACCOUNT_COLUMNS = frozenset(
     f"UPDATE {column}"
     for column in (
-        *("balance_nanos", "version", "status", "open_requests_max"),
-        *("requests_per_minute", "tokens_per_minute"),
+        *("balance_nanos", "version", "status", "status_reason", "status_changed_at"),
+        *("open_requests_max", "requests_per_minute", "tokens_per_minute"),
     )
 )
 BUDGET_COLUMNS = frozenset({"UPDATE budget_nanos", "UPDATE budget_window"})
@@ -90,10 +90,10 @@ OF_TENANTS = (
     "billing.book.ACT_FOR",
     "billing.book.SELECT_ACCOUNT",
     "billing.history.",
+    "billing.spend.",
+    "keys.keys_store.",
     "keys.store.INSERT_KEY",
     "keys.store.INSERT_VIRTUAL_KEY",
-    "keys.store.REVOKE_KEY",
-    "keys.store.SELECT_KEYS",
 )
 # What is run by whoever owns the tables, or on another database.
 OF_OWNERS = ("migrations.", "gateway.embedded.")

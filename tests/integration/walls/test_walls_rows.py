@@ -13,7 +13,8 @@ import pytest
 from billing.book import Connection, acquire, as_tenant
 from billing.roles import REQUEST, as_role
 from keys.errors import KeysUnavailable
-from keys.store import KeyTerms, create_key, list_keys
+from keys.keys_store import list_all_keys, list_keys
+from keys.store import KeyTerms, create_key
 from tests.support.books import PEPPER, open_pool
 from tests.support.walls import TENANT_TABLES, Pair, acting_for, refused
 
@@ -201,9 +202,9 @@ async def test_row_security_cannot_be_switched_off(pair: Pair, tenant: asyncpg.C
 
 async def test_a_forgotten_account_in_our_own_code_shows_nobody_elses_keys(pair: Pair) -> None:
     async with open_pool(as_role(pair.url, REQUEST), 1) as pool:
-        # Operators list the keys of all accounts with the same function.
+        # What lists the keys of all accounts, for operators.
         async with as_tenant(pool, pair.one.id) as conn:
-            own = await list_keys(conn, None, 100)
+            own = await list_all_keys(conn, 100)
         async with as_tenant(pool, pair.one.id) as conn:
             theirs = await list_keys(conn, pair.other.id, 100)
 
@@ -226,9 +227,9 @@ async def test_the_next_user_of_a_connection_is_not_the_last_tenant(pair: Pair) 
         async with acquire(pool) as conn:
             assert await seen(conn) == dict.fromkeys(TENANT_TABLES, 0)
         async with as_tenant(pool, pair.one.id) as conn:
-            assert [key.name for key in await list_keys(conn, None, 9)] == ["test", "new"]
+            assert [key.name for key in await list_all_keys(conn, 9)] == ["new", "test"]
         async with as_tenant(pool, pair.other.id) as conn:
-            assert [key.name for key in await list_keys(conn, None, 9)] == ["test"]
+            assert [key.name for key in await list_all_keys(conn, 9)] == ["test"]
 
 
 async def test_tenants_at_the_same_time_stay_apart(pair: Pair) -> None:
