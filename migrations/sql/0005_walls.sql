@@ -48,7 +48,7 @@ GRANT UPDATE (expires_at, revoked_at) ON operator_keys TO farebox_worker;
 GRANT UPDATE (kind, proved_at) ON wallets TO farebox_worker;
 GRANT UPDATE (
     balance_nanos, version, status, status_reason, status_changed_at, open_requests_max,
-    requests_per_minute, tokens_per_minute
+    requests_per_minute, tokens_per_minute, is_system_tenant
 ) ON billing_accounts TO farebox_worker;
 
 GRANT SELECT ON

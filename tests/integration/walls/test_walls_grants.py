@@ -27,7 +27,7 @@ ACCOUNT_COLUMNS = frozenset(
     f"UPDATE {column}"
     for column in (
         *("balance_nanos", "version", "status", "status_reason", "status_changed_at"),
-        *("open_requests_max", "requests_per_minute", "tokens_per_minute"),
+        *("open_requests_max", "requests_per_minute", "tokens_per_minute", "is_system_tenant"),
     )
 )
 BUDGET_COLUMNS = frozenset({"UPDATE budget_nanos", "UPDATE budget_window"})
@@ -193,7 +193,6 @@ async def test_neither_role_makes_or_changes_anything_but_rows(book_url: str, ro
         "DROP FUNCTION request_account()",
         "CREATE ROLE mine",
         "UPDATE billing_accounts SET owner_user_id = owner_user_id",
-        "UPDATE billing_accounts SET is_system_tenant = true",
         "UPDATE app_api_keys SET billing_account_id = billing_account_id",
         "DELETE FROM app_api_keys",
         "DELETE FROM schema_migrations",
