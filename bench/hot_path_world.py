@@ -177,7 +177,7 @@ async def open_world(folder: Path) -> AsyncIterator[World]:
         },
     ).settings
     set_up_logging(Log(path=settings.log.path))
-    services = Services(settings, None, Metrics())  # type: ignore[arg-type]
+    services = Services(settings, None, None, Metrics())  # type: ignore[arg-type]
     services.prices = PriceBook(
         PriceVersion(
             price_version=1,

@@ -5,7 +5,7 @@ because what it would have defined is unknown.
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,10 +18,31 @@ from config.environ import merge_environ
 from config.errors import ConfigError
 from config.files import read_bytes
 from config.names import dotted_naming, every, find, is_secret, nearest, nested, readable, variable
-from config.rules import PEPPER_CHARACTERS_MIN, weakness
 from config.secret import Secret
 from config.settings import Settings
+from config.strength import (
+    KEY_BYTES_MIN,
+    PEPPER_CHARACTERS_MIN,
+    TOKEN_CHARACTERS_MIN,
+    key_weakness,
+    repeated,
+    token_weakness,
+    weakness,
+)
 
+# How each secret of ours is judged, and what it should be instead. Others are chosen elsewhere.
+PEPPER = (weakness, f"use at least {PEPPER_CHARACTERS_MIN} random characters")
+TOKEN = (token_weakness, f"use at least {TOKEN_CHARACTERS_MIN} random characters")
+SEALING = (key_weakness, f"use {KEY_BYTES_MIN} random bytes, written as hex or base64")
+JUDGED: Mapping[str, tuple[Callable[[Secret], str | None], str]] = MappingProxyType(
+    {
+        "keys.pepper": PEPPER,
+        "keys.pepper_previous": PEPPER,
+        "keys.encryption_key": SEALING,
+        "keys.encryption_key_previous": SEALING,
+        "metrics.token": TOKEN,
+    }
+)
 NO_OVERRIDES: Mapping[str, object] = MappingProxyType({})
 
 
@@ -86,13 +107,24 @@ def missing_secrets(settings: Settings, needs: Iterable[str]) -> list[str]:
     return [variable(path) for path, secret in _needed(settings, needs) if not secret]
 
 
-def weak_secrets(settings: Settings, needs: Iterable[str]) -> list[str]:
-    """Return `NAME: why` for each needed pepper that is set but can be guessed."""
-    return [
-        f"{variable(path)}: {why}; use at least {PEPPER_CHARACTERS_MIN} random characters"
-        for path, secret in _needed(settings, needs)
-        if path[0] == "keys" and secret and (why := weakness(secret)) is not None
+def weak_secrets(settings: Settings) -> list[str]:
+    """Return `NAME: why` for each secret of ours that is set but can be guessed or is another's."""
+    secrets = dict(_needed(settings, JUDGED))
+    weak = []
+    for (path, secret), (judge, better) in zip(secrets.items(), JUDGED.values(), strict=True):
+        if secret and (why := judge(secret)) is not None:
+            weak.append(f"{variable(path)}: {why}; {better}")
+    for name, provider in settings.providers.items():
+        secrets["providers", name, "key"] = provider.key
+    named = {variable(path): secret for path, secret in secrets.items()}
+    ours = {variable(key.split(".")) for key in JUDGED}
+    weak += [
+        f"{name}: the same as {twin}"
+        for name, twin in repeated(named)
+        # Two providers may well know us by the same key.
+        if twin in ours
     ]
+    return weak
 
 
 def _merge_overrides(draft: Draft, overrides: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from config.secret import Secret
-from config.settings import Chain, Identity, Model, Price, Provider, Server
+from config.settings import Book, Chain, Identity, Keys, Model, Price, Provider, Server
 
 PRICE = re.compile(r"[0-9]{1,7}(\.[0-9]{1,9})?")
 # billing.money refuses rates beyond this: amounts must fit a bigint.
@@ -23,11 +23,6 @@ ORIGIN = re.compile(
 ORIGIN_LENGTH_MAX = 255
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+~-]{0,127}")
-PEPPER_CHARACTERS_MIN = 32
-OBVIOUS = re.compile(
-    r"change|replace|default|example|secret|password|pepper|farebox|insecure|please|this|your|me"
-)
-OBVIOUS_REST_MIN = 16
 
 
 def normalised(table: Struct) -> Struct:
@@ -46,10 +41,8 @@ def broken(table: Struct) -> Iterator[tuple[str, str]]:
             yield "routes", "expected at least one route"
         case Price():
             yield from _price(table)
-        case Server():
-            for text in table.trusted_proxies:
-                if not _is_network(text):
-                    yield "trusted_proxies", "expected networks such as 10.0.0.0/8 or ::1/128"
+        case Server() if not all(map(_is_network, table.trusted_proxies)):
+            yield "trusted_proxies", "expected networks such as 10.0.0.0/8 or ::1/128"
         case Identity() if table.public_origin and not is_origin(table.public_origin):
             yield (
                 "public_origin",
@@ -59,6 +52,10 @@ def broken(table: Struct) -> Iterator[tuple[str, str]]:
             for url in rpc_urls(table):
                 if wrong := _wrong_node(url):
                     yield "rpc_urls", wrong
+        case Book():
+            yield from _book(table)
+        case Keys(encryption_key_previous=previous, encryption_key=key) if previous and not key:
+            yield "encryption_key_previous", "needs encryption_key"
         case _:
             return
 
@@ -92,18 +89,6 @@ def wrong_id(name: str) -> str | None:
     if ENTRY_ID.fullmatch(name):
         return None
     return "expected an id of letters, digits and . _ : / @ + ~ - (at most 128, no other first)"
-
-
-def weakness(secret: Secret) -> str | None:
-    """Say why a pepper is weak. Its only enemy is guessing, so length and variety are enough."""
-    text = secret.reveal()
-    if len(text) < PEPPER_CHARACTERS_MIN:
-        return f"shorter than {PEPPER_CHARACTERS_MIN} characters"
-    # A text found inside its own doubling before its end is one piece repeated.
-    if (text + text).find(text, 1) < len(text):
-        return "one piece repeated"
-    rest = OBVIOUS.sub("", re.sub(r"[-_ .]", "", text.lower()))
-    return "made of obvious words" if len(rest) < OBVIOUS_REST_MIN else None
 
 
 def _provider(provider: Provider) -> Iterator[tuple[str, str]]:
@@ -155,6 +140,14 @@ def _wrong_node(url: str) -> str | None:
     if not usable or not url.isascii() or " " in url:
         return "expected http:// or https:// URLs, separated by commas"
     return None
+
+
+def _book(book: Book) -> Iterator[tuple[str, str]]:
+    for key in ("request_url", "migrate_url"):
+        if getattr(book, key) and not book.url:
+            yield key, "needs url: the embedded book has its own login"
+    if book.request_url and book.roles == "shared":
+        yield "request_url", 'not for roles = "shared"'
 
 
 def _price(price: Price) -> Iterator[tuple[str, str]]:

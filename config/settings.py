@@ -52,10 +52,17 @@ class Server(Table, frozen=True, kw_only=True):
 
 
 class Book(Table, frozen=True, kw_only=True):
-    """The ledger in Postgres; an empty url means the embedded one."""
+    """The ledger in Postgres; an empty url means the embedded one.
+
+    `shared` roles are for development: one login that acts as both (billing/roles.py).
+    """
 
     url: Secret = Secret()
+    request_url: Secret = Secret()
+    migrate_url: Secret = Secret()
+    roles: Literal["separate", "shared"] = "separate"
     pool_size_max: Positive = 4
+    request_pool_size_max: Positive = 2
     connect_timeout_s: WholeSeconds = 5
     statement_timeout_ms: Milliseconds = 5000
     commit_batch_max: Positive = 256

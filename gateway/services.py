@@ -14,13 +14,14 @@ from billing.fleet import PoolBook
 from billing.history import has_receipt
 from billing.prices import PriceBook
 from billing.prices_store import load_prices
+from billing.roles import request_url, worker_url
 from billing.settler import Settler
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
 from billing.till_rates import Limiter
 from billing.tokens import TokenCounter
 from config.ids import id_text, new_id
-from config.settings import Settings
+from config.settings import Book, Settings
 from gateway.catalog import Catalog, build_catalog
 from gateway.client_address import read_networks
 from gateway.holds import HoldKeeper
@@ -47,11 +48,17 @@ HURRIED_SETTLE_S = 3.0
 
 
 class Services:
-    """The parts of a worker, and the few numbers they share."""
+    """The parts of a worker, and the few numbers they share.
 
-    def __init__(self, settings: Settings, pool: book.Pool, metrics: Metrics) -> None:
+    `pool` sees all accounts; what acts for one of them uses as_tenant().
+    """
+
+    def __init__(
+        self, settings: Settings, pool: book.Pool, request_pool: book.Pool, metrics: Metrics
+    ) -> None:
         self.settings = settings
         self.pool = pool
+        self.request_pool = request_pool
         self.metrics = metrics
         self.tasks = Tasks()
         self.counter = TokenCounter()
@@ -102,6 +109,12 @@ class Services:
     def open_calls(self) -> int:
         """Requests under way."""
         return len(self.replies)
+
+    def as_tenant(
+        self, account_id: UUID
+    ) -> contextlib.AbstractAsyncContextManager[book.Connection]:
+        """A transaction that can reach the rows of this account only. Raises BookUnavailable."""
+        return book.as_tenant(self.request_pool, account_id)
 
     async def is_in_book(self, request_uid: UUID) -> bool:
         """Whether a request has its receipt. Raises BookUnavailable."""
@@ -158,13 +171,8 @@ async def open_services(
     Raises BookUnavailable when Postgres cannot be reached at start.
     """
     limits = settings.book
-    pool = await book.open_pool(
-        limits.url.reveal(),
-        limits.pool_size_max,
-        limits.connect_timeout_s,
-        limits.statement_timeout_ms,
-    )
-    services = Services(settings, pool, metrics)
+    pool, request_pool = await _open_pools(limits)
+    services = Services(settings, pool, request_pool, metrics)
     try:
         await services.refresh_prices()
         services.link.start()
@@ -202,6 +210,19 @@ async def open_services(
         await services.client.close()
         await services.link.close()
         pool.terminate()
+        request_pool.terminate()
+
+
+async def _open_pools(limits: Book) -> tuple[book.Pool, book.Pool]:
+    """The worker's pool and that of requests that act for one tenant. Raises BookUnavailable."""
+    timeouts = (limits.connect_timeout_s, limits.statement_timeout_ms)
+    pool = await book.open_pool(worker_url(limits), limits.pool_size_max, *timeouts)
+    try:
+        request_size = limits.request_pool_size_max
+        return pool, await book.open_pool(request_url(limits), request_size, *timeouts)
+    except BaseException:
+        pool.terminate()
+        raise
 
 
 async def _all_ended(*tasks: asyncio.Task[None]) -> None:

@@ -20,6 +20,7 @@ from billing.errors import BillingError
 from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
 from billing.idempotency import purge_idempotent_requests
+from billing.roles import worker_url
 from billing.spool_replay import replay_spool
 from billing.sweep import Sweeper
 from billing.till import Scripts, Till
@@ -67,7 +68,7 @@ async def run_work(settings: Settings) -> None:
 
 async def _lead(settings: Settings) -> None:
     """Work as long as we hold the lock; return when somebody else does."""
-    conn = await book.connect(settings.book.url.reveal())
+    conn = await book.connect(worker_url(settings.book))
     try:
         if not await is_leader(conn):
             return
@@ -103,7 +104,7 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
     """Everything there is to do, with the connections that it needs."""
     work, limits = settings.work, settings.book
     pool = await book.open_pool(
-        limits.url.reveal(), POOL_SIZE, limits.connect_timeout_s, limits.statement_timeout_ms
+        worker_url(limits), POOL_SIZE, limits.connect_timeout_s, limits.statement_timeout_ms
     )
     scripts = Scripts()
     link = TillLink(

@@ -5,8 +5,6 @@ changed for the other; only the newer one seals.
 Failure: SealBroken, which says nothing of what was inside.
 """
 
-import base64
-import binascii
 import hmac
 import os
 import re
@@ -17,9 +15,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from config.secret import Secret
 from config.settings import Keys
+from config.strength import key_bytes
 from keys.errors import SealBroken, SealingKeyMissing
 
-KEY_BYTES_MIN = 32
 NONCE_BYTES = 12
 # What a sealed text begins with: another way to seal would begin with another byte.
 VERSION = b"\x01"
@@ -27,7 +25,6 @@ VERSION = b"\x01"
 PURPOSE = b"farebox upstream credentials 1"
 # What may follow `Bearer ` in a header, and no more.
 SENDABLE = re.compile(r"[\x21-\x7e]{8,512}")
-HEX = re.compile(r"[0-9a-fA-F]+")
 
 
 class Sealer:
@@ -63,22 +60,7 @@ class Sealer:
 def sealer_of(keys: Keys) -> Sealer:
     """The sealer of these settings; without a key it opens nothing. Raises ValueError."""
     secrets = (keys.encryption_key, keys.encryption_key_previous)
-    return Sealer([read_key(secret) for secret in secrets if secret])
-
-
-def read_key(secret: Secret) -> bytes:
-    """The bytes of a key in hex or base64. Raises ValueError, which does not show it."""
-    text = secret.reveal().strip()
-    try:
-        # 64 hex digits are also base64, of 48 other bytes: hex is what was meant.
-        if HEX.fullmatch(text) and len(text) % 2 == 0 and len(text) >= 2 * KEY_BYTES_MIN:
-            return bytes.fromhex(text)
-        key = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if len(key) < KEY_BYTES_MIN:
-        raise ValueError(f"expected base64 or hex of at least {KEY_BYTES_MIN} bytes")
-    return key
+    return Sealer([key_bytes(secret) for secret in secrets if secret])
 
 
 def _bound_to(virtual_key_id: UUID, provider: str) -> bytes:

@@ -47,7 +47,7 @@ UPSERT_CREDENTIAL = """
 INSERT INTO upstream_credentials (virtual_key_id, billing_account_id, provider, sealed)
 VALUES ($1, $2, $3, $4)
 ON CONFLICT (virtual_key_id, provider) DO UPDATE
-SET sealed = excluded.sealed, created_at = now()
+SET sealed = $4, created_at = now()
 RETURNING provider, created_at
 """
 

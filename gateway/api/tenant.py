@@ -4,8 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
-from billing import book
-from billing.book import Connection, translated
+from billing.book import Connection
 from gateway.services import Services
 
 
@@ -13,8 +12,10 @@ from gateway.services import Services
 async def tenant(services: Services, account_id: UUID) -> AsyncIterator[Connection]:
     """One transaction for one account: committed at the end, taken back when the body raises.
 
+    It enters the book as farebox_request, for which no other account is there.
+
     Whoever has to be told of a change (the till, the log) is told afterwards.
     Raises BookUnavailable.
     """
-    async with book.acquire(services.pool) as conn, translated(), conn.transaction():
+    async with services.as_tenant(account_id) as conn:
         yield conn

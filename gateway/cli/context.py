@@ -24,6 +24,8 @@ EXIT_CONFIG = 78
 DEFAULT_DATA_DIR = ".farebox"
 STORE_SCHEMES = {
     "book.url": ("postgresql", "postgres"),
+    "book.request_url": ("postgresql", "postgres"),
+    "book.migrate_url": ("postgresql", "postgres"),
     "till.url": ("redis", "rediss", "valkey", "valkeys", "unix"),
 }
 
@@ -80,7 +82,14 @@ def load_config(config: Path | None, overrides: Mapping[str, object] | None = No
 
 def wrong_urls(settings: Settings) -> list[str]:
     """What is wrong with the stores' URLs, without showing them: they carry passwords."""
-    urls = {"book.url": settings.book.url.reveal(), "till.url": settings.till.url.reveal()}
+    book = settings.book
+    secrets = {
+        "book.url": book.url,
+        "book.request_url": book.request_url,
+        "book.migrate_url": book.migrate_url,
+        "till.url": settings.till.url,
+    }
+    urls = {name: secret.reveal() for name, secret in secrets.items()}
     return [
         f"{variable(name.split('.'))}: expected {STORE_SCHEMES[name][0]}://user:password@host:port/name"
         for name, url in urls.items()
@@ -110,7 +119,7 @@ def require_secrets(loaded: Loaded, needs: Sequence[str]) -> None:
     """End with 78, naming every secret that is missing or weak, all at once."""
     missing = missing_secrets(loaded.settings, needs)
     problems = [f"{name}: not set" for name in missing]
-    problems += weak_secrets(loaded.settings, needs)
+    problems += weak_secrets(loaded.settings)
     if problems:
         end(EXIT_CONFIG, *problems)
 
@@ -134,6 +143,8 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
     try:
         return asyncio.run(work)
+    except ConfigError as exc:
+        end(EXIT_CONFIG, *exc.problems)
     except StoreError as exc:
         end(1, str(exc))
     except (BillingError, KeysError, MigrationError, WorkersFailed, OSError) as exc:
@@ -153,8 +164,12 @@ def _why(exc: Exception) -> str:
 async def stores(config: Path | None, data_dir: Path | None) -> AsyncIterator["StoreUrls"]:
     """Both stores, migrated when they are ours: attached to a running demo, or launched.
 
-    Raises MigrationError when a database of somebody else's is behind this release.
+    The book is entered as farebox_worker. Raises MigrationError when a database of somebody
+    else's is behind this release.
     """
+    from dataclasses import replace
+
+    from billing.roles import worker_url
     from gateway.embedded.stores import open_stores
 
     settings = verb_config(config, data_dir).settings
@@ -164,7 +179,15 @@ async def stores(config: Path | None, data_dir: Path | None) -> AsyncIterator["S
             await refuse_pending(book_url)
         else:
             await migrate_book(urls.book_url)
-        yield urls
+        yield replace(urls, book_url=worker_url(with_stores(settings, urls).book))
+
+
+def with_stores(settings: Settings, urls: "StoreUrls") -> Settings:
+    """The settings with where the stores are. The embedded book has one login, for everything."""
+    roles = settings.book.roles if settings.book.url else "shared"
+    book = msgspec.structs.replace(settings.book, url=Secret(urls.book_url), roles=roles)
+    till = msgspec.structs.replace(settings.till, url=Secret(urls.till_url))
+    return msgspec.structs.replace(settings, book=book, till=till)
 
 
 async def migrate_book(url: str) -> list[str]:

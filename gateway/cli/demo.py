@@ -24,6 +24,7 @@ from gateway.cli.context import (
     migrate_book,
     options,
     run,
+    with_stores,
 )
 from gateway.cli.serve import (
     StopSignals,
@@ -61,6 +62,10 @@ def demo(
     opts = options(config, data_dir)
     folder = opts.data_dir.absolute()
     settings = load_config(opts.config or DEMO_CONFIG, server_overrides(flags)).settings
+    if not settings.book.request_url:
+        # One login is enough for a demo, also with a Postgres of your own.
+        book = msgspec.structs.replace(settings.book, roles="shared")
+        settings = msgspec.structs.replace(settings, book=book)
     with take_port(settings.server) as sock:
         settings = _with_own_secrets(settings, folder)
         settings = with_spool(_with_log_file(settings, folder), folder)
@@ -89,6 +94,7 @@ async def _demo(
     ready_file: Path | None,
     as_json: bool,
 ) -> None:
+    from billing.roles import worker_url
     from gateway.embedded.stores import open_stores
     from gateway.log import set_up_logging
     from gateway.supervisor import launched_workers
@@ -100,8 +106,8 @@ async def _demo(
         launched_workers(settings, sock, signals.hurry) as workers,
         open_stores(folder, book_url, till_url, own=True) as urls,
     ):
-        await migrate_book(urls.book_url)
-        seeded = await _seed(settings, folder, urls.book_url)
+        await migrate_book(settings.book.migrate_url.reveal() or urls.book_url)
+        seeded = await _seed(settings, folder, worker_url(with_stores(settings, urls).book))
         with _ready_file(ready_file) as say_ready:
             async with serving(settings, urls, workers, signals.hurry):
                 pids = {**urls.pids, "demo": os.getpid(), "workers": workers.pids}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from config.secret import Secret
 from config.settings import Server, Settings
 from gateway.cli import show
 from gateway.cli.context import (
@@ -25,8 +24,10 @@ from gateway.cli.context import (
     require_secrets,
     run,
     verb_config,
+    with_stores,
 )
 from gateway.cli.settings import serve_needs
+from gateway.cli.walls import refuse_roles
 
 if TYPE_CHECKING:
     from gateway.embedded.stores import StoreUrls
@@ -64,10 +65,11 @@ async def serving(
 ) -> AsyncIterator[None]:
     """The workers serve, with these stores, as long as the context is open; drained at its end."""
     from billing.prices_store import sync_config_prices
+    from billing.roles import worker_url
     from gateway.rates import config_rates
 
     settings = with_stores(settings, urls)
-    async with book_connection(urls.book_url) as conn:
+    async with book_connection(worker_url(settings.book)) as conn:
         await sync_config_prices(conn, config_rates(settings))
     async with _working(settings):
         try:
@@ -94,12 +96,6 @@ def base_url(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every interface
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-
-
-def with_stores(settings: Settings, urls: "StoreUrls") -> Settings:
-    book = msgspec.structs.replace(settings.book, url=Secret(urls.book_url))
-    till = msgspec.structs.replace(settings.till, url=Secret(urls.till_url))
-    return msgspec.structs.replace(settings, book=book, till=till)
 
 
 def with_spool(settings: Settings, data_dir: Path) -> Settings:
@@ -136,6 +132,7 @@ def serve(config: Path | None, data_dir: Path | None, as_json: bool, **flags: ob
         ):
             if book_url:
                 await refuse_pending(book_url)
+                await refuse_roles(settings.book)
             else:
                 await migrate_book(urls.book_url)
             facts = {"base_url": base_url(sock), "workers": workers.pids}
@@ -160,7 +157,7 @@ def migrate(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
     async def work() -> list[str]:
         from gateway.embedded.stores import open_stores
 
-        url = settings.book.url.reveal()
+        url = settings.book.migrate_url.reveal() or settings.book.url.reveal()
         if url:
             return await migrate_book(url)
         async with open_stores(opts.data_dir, "", settings.till.url.reveal()) as urls:

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from gateway.cli import show
-from gateway.cli.context import common, options, refuse_pending, run, verb_config
-from gateway.cli.serve import StopSignals, with_spool, with_stores
+from gateway.cli.context import common, options, refuse_pending, run, verb_config, with_stores
+from gateway.cli.serve import StopSignals, with_spool
+from gateway.cli.walls import refuse_roles
 
 
 @click.command()
@@ -31,6 +32,8 @@ def work(config: Path | None, data_dir: Path | None, as_json: bool) -> None:
         book_url, till_url = settings.book.url.reveal(), settings.till.url.reveal()
         async with open_stores(opts.data_dir, book_url, till_url, may_launch=False) as urls:
             await refuse_pending(urls.book_url)
+            if book_url:
+                await refuse_roles(settings.book, serves=False)
             settings = with_spool(with_stores(settings, urls), opts.data_dir)
             async with working(settings):
                 show.as_json({"working": True}) if as_json else click.echo("working")

@@ -120,6 +120,7 @@ class Place:
             "FAREBOX_KEYS__PEPPER": PEPPER,
             "FAREBOX_CONFIG": "own.toml",
             "FAREBOX_DATABASE_URL": book_url,
+            "FAREBOX_BOOK__ROLES": "shared",
             "FAREBOX_TILL_URL": till_url,
         }
 

@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
 def stores(book_url: str, till_url: str) -> dict[str, str]:
     return {
         "FAREBOX_DATABASE_URL": book_url,
+        "FAREBOX_BOOK__ROLES": "shared",
         "FAREBOX_TILL_URL": till_url,
         "FAREBOX_KEYS__PEPPER": PEPPER,
         "FAREBOX_CONFIG": "own.toml",
@@ -201,6 +202,7 @@ async def test_a_database_that_was_not_migrated_is_refused_until_it_is(
 ) -> None:
     env = {
         "FAREBOX_DATABASE_URL": empty_url,
+        "FAREBOX_BOOK__ROLES": "shared",
         "FAREBOX_TILL_URL": till_url,
         "FAREBOX_KEYS__PEPPER": PEPPER,
     }
@@ -225,6 +227,7 @@ async def test_a_database_that_was_not_migrated_is_refused_until_it_is(
 async def test_stores_that_are_away_are_one_clear_line(folder: Path, till_url: str) -> None:
     env = {
         "FAREBOX_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "FAREBOX_BOOK__ROLES": "shared",
         "FAREBOX_TILL_URL": till_url,
         "FAREBOX_KEYS__PEPPER": PEPPER,
     }

@@ -88,6 +88,7 @@ async def test_a_worker_killed_without_its_stores_leaves_its_receipts_to_the_nex
     (tmp_path / "own.toml").write_text(CONFIG)
     direct = {
         "FAREBOX_DATABASE_URL": book_url,
+        "FAREBOX_BOOK__ROLES": "shared",
         "FAREBOX_TILL_URL": till_url,
         "FAREBOX_KEYS__PEPPER": PEPPER,
         "FAREBOX_CONFIG": "own.toml",

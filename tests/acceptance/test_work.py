@@ -59,6 +59,7 @@ def folder(tmp_path: Path) -> Path:
 def stores(book_url: str, till_url: str, folder: Path) -> dict[str, str]:
     return {
         "FAREBOX_DATABASE_URL": book_url,
+        "FAREBOX_BOOK__ROLES": "shared",
         "FAREBOX_TILL_URL": till_url,
         "FAREBOX_KEYS__PEPPER": PEPPER,
         "FAREBOX_CONFIG": str(folder / "short.toml"),

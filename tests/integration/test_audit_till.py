@@ -272,6 +272,7 @@ def test_the_exit_status_tells_clean_from_violated_from_unknown(
 ) -> None:
     till_url = world.till(till) if till >= 0 else "redis://127.0.0.1:1/0"
     monkeypatch.setenv("FAREBOX_DATABASE_URL", world.url(database))
+    monkeypatch.setenv("FAREBOX_BOOK__ROLES", "shared")
     monkeypatch.setenv("FAREBOX_TILL_URL", till_url)
 
     table = CliRunner().invoke(audit_command, flags)

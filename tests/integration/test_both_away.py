@@ -13,7 +13,7 @@ import pytest
 
 from billing.spool import SUFFIX
 from config.ids import read_id
-from gateway.cli.serve import with_stores
+from gateway.cli.context import with_stores
 from gateway.embedded.stores import StoreUrls
 from gateway.work import working
 from tests.support.books import check_book, open_pool

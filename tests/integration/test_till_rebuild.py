@@ -198,6 +198,7 @@ async def test_the_commands_say_what_there_is_and_what_was_done(
     async with world.copy(SOUND) as book_url:
         await command(book_url, "INSERT INTO workers (name) VALUES ('w_one')")
         monkeypatch.setenv("FAREBOX_DATABASE_URL", book_url)
+        monkeypatch.setenv("FAREBOX_BOOK__ROLES", "shared")
         monkeypatch.setenv("FAREBOX_TILL_URL", world.till(COPY_DB))
         runner = CliRunner()
 

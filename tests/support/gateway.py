@@ -41,6 +41,14 @@ class Gateway:
     def pool(self) -> asyncpg.Pool:
         return self.services.pool
 
+    async def tamper(self, query: str, *args: Any) -> None:
+        """Change the book as nobody who serves may."""
+        conn = await asyncpg.connect(self.book_url)
+        try:
+            await conn.execute(query, *args)
+        finally:
+            await conn.close()
+
     async def account(self, credits: str = "1000") -> UUID:
         """A new account with that many credits, known to book and till."""
         async with book.acquire(self.pool) as conn:
@@ -125,6 +133,7 @@ def make_settings(
     values: dict[str, object] = {
         "keys.pepper": Secret(PEPPER),
         "keys.mode": "test",
+        "book.roles": "shared",
         "metrics.open": True,
         "limits.open_requests_per_key": 1000,
         "limits.open_requests_per_account": 1000,

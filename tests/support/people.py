@@ -123,7 +123,7 @@ async def operating(gateway: Gateway) -> AsyncIterator[Person]:
 async def note_spend(gateway: Gateway, key_id: str, days: dict[datetime, int]) -> None:
     """What a key spent, as the book keeps it."""
     for day, nanos in days.items():
-        await gateway.pool.execute(
+        await gateway.tamper(
             "INSERT INTO scope_spend (virtual_key_id, window_start, spent_nanos, version) "
             "SELECT virtual_key_id, $2, $3, 1 FROM app_api_keys WHERE id = $1",
             read_id(key_id),

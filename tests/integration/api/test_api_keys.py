@@ -218,7 +218,7 @@ async def test_nobody_reaches_the_keys_of_another_account(
 ) -> None:
     """Another's id, an id of nobody and garbage are told apart by nothing."""
     mine, grant = await alice.new_key(), await alice.new_key()
-    await gateway.pool.execute(
+    await gateway.tamper(
         "UPDATE app_api_keys SET kind = 'grant', expires_at = now() + interval '1 day' "
         "WHERE id = $1",
         read_id(grant["id"]),
@@ -277,9 +277,7 @@ async def test_an_account_has_a_bounded_number_of_keys(
         await bob.new_key()
         await alice.delete(f"/keys/{made[0]['id']}")
         await alice.post("/keys", {"name": "x"}, 409)  # made and revoked within a day
-        await gateway.pool.execute(
-            "UPDATE app_api_keys SET created_at = now() - interval '25 hours'"
-        )
+        await gateway.tamper("UPDATE app_api_keys SET created_at = now() - interval '25 hours'")
         await alice.new_key()
         await alice.post("/keys", {"name": "x"}, 409)
 

@@ -177,7 +177,7 @@ async def test_an_operator_key_ends_at_once(
 ) -> None:
     bearer = operator.client.headers["authorization"]
     await operator.get("/operator/accounts")
-    await gateway.pool.execute(
+    await gateway.tamper(
         f"UPDATE operator_keys SET {ending} WHERE last4 = $1",  # noqa: S608 - our own words
         bearer[-4:],
     )

@@ -72,7 +72,7 @@ async def test_the_old_secret_ends_with_the_overlap(gateway: Gateway, alice: Per
     made = await alice.new_key()
     await alice.post(f"/keys/{made['id']}/rotate", {"overlap_s": 600})
     assert await status_of(gateway, made["key"]) == 200
-    await gateway.pool.execute(
+    await gateway.tamper(
         "UPDATE app_api_keys SET previous_expires_at = now() WHERE id = $1", read_id(made["id"])
     )
 

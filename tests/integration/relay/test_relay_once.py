@@ -305,7 +305,7 @@ async def test_a_till_that_lost_something_since_proves_nothing(
     request, later = once(relay, key, PLAIN), once(relay, key, PLAIN, "token-2")
     await old_claim(relay, key, request, 61)
     await old_claim(relay, key, later, 200, b"token-2")
-    await relay.gateway.pool.execute("UPDATE till_epoch SET changed_at = now()")
+    await relay.gateway.tamper("UPDATE till_epoch SET changed_at = now()")
 
     assert told(await relay.send(request)) == (409, "idempotency_in_flight")
     assert (await relay.send(later)).status == 200

@@ -96,7 +96,7 @@ async def test_streams_and_failures_tell_it_too(relay: Relay) -> None:
 async def test_keys_of_an_account_share_its_limit(relay: Relay) -> None:
     first = await relay.key()
     account_id = relay.account_of(first)
-    await relay.gateway.pool.execute(
+    await relay.gateway.tamper(
         "UPDATE billing_accounts SET requests_per_minute = 3 WHERE id = $1", account_id
     )
     second = await relay.gateway.key(account_id, limits=Limits(requests_per_minute=9))

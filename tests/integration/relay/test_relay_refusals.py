@@ -166,7 +166,7 @@ async def test_the_keys_of_other_headers_are_taken_too(relay: Relay, key: str) -
 
 async def test_a_frozen_account(relay: Relay, key: str, upstream: Upstream) -> None:
     account_id = relay.account_of(key)
-    await relay.gateway.pool.execute(
+    await relay.gateway.tamper(
         "UPDATE billing_accounts SET status = 'frozen' WHERE id = $1", account_id
     )
 

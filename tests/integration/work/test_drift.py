@@ -201,9 +201,9 @@ async def test_the_work_process_finds_out_and_every_worker_shows_it(
         async with working(quick(settings, gateway, till_url)):
             sound = await drift_is(0)
             balance = await gateway.pool.fetchval("SELECT balance_nanos FROM billing_accounts")
-            await gateway.pool.execute("UPDATE billing_accounts SET balance_nanos = 3")
+            await gateway.tamper("UPDATE billing_accounts SET balance_nanos = 3")
             await drift_is(balance - 3)
-            await gateway.pool.execute("UPDATE billing_accounts SET balance_nanos = $1", balance)
+            await gateway.tamper("UPDATE billing_accounts SET balance_nanos = $1", balance)
             await drift_is(0)
 
         assert sound["farebox_liabilities_usd"] == balance / 10**9

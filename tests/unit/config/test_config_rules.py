@@ -171,3 +171,21 @@ def test_identity_and_chain_are_held_to_their_rules():
     loaded = load(None, {"FAREBOX_IDENTITY__CHAIN_IDS": "[1, 10]"}, {"chain.rpc_urls": nodes})
     assert rpc_urls(loaded.settings.chain) == ["https://node.example/key", "http://127.0.0.1:8545"]
     assert loaded.settings.identity.chain_ids == (1, 10)
+
+
+def test_logins_without_a_book_of_ones_own_or_beside_a_shared_one_are_refused():
+    url = Secret("postgresql://u@h/d")
+
+    assert problems({"book.request_url": url, "book.migrate_url": url}) == (
+        "book.request_url: needs url: the embedded book has its own login",
+        "book.migrate_url: needs url: the embedded book has its own login",
+    )
+    assert problems({"book.url": url, "book.request_url": url, "book.roles": "shared"}) == (
+        'book.request_url: not for roles = "shared"',
+    )
+
+
+def test_a_previous_encryption_key_needs_a_present_one():
+    assert problems({"keys.encryption_key_previous": Secret("x")}) == (
+        "keys.encryption_key_previous: needs encryption_key",
+    )

@@ -8,8 +8,9 @@ import pytest
 from config.ids import new_id
 from config.secret import Secret
 from config.settings import Keys
+from config.strength import key_bytes
 from keys.errors import SealBroken, SealingKeyMissing
-from keys.sealed import Sealer, read_key, sealer_of
+from keys.sealed import Sealer, sealer_of
 
 OLD, NEW = os.urandom(32), os.urandom(32)
 OWN = Secret("own-key-of-a-customer")
@@ -81,14 +82,14 @@ def test_without_a_key_nothing_is_sealed_and_nothing_opens() -> None:
     "text", [OLD.hex(), OLD.hex().upper(), base64.b64encode(OLD).decode(), f" {OLD.hex()}\n"]
 )
 def test_keys_are_hex_or_base64(text: str) -> None:
-    assert read_key(Secret(text)) == OLD
-    assert read_key(Secret(base64.urlsafe_b64encode(b"\xff" * 48).decode())) == b"\xff" * 48
+    assert key_bytes(Secret(text)) == OLD
+    assert key_bytes(Secret(base64.urlsafe_b64encode(b"\xff" * 48).decode())) == b"\xff" * 48
 
 
 @pytest.mark.parametrize("text", ["", "qqq", OLD.hex()[:62], "*" * 64, "a" * 40, "\u00e9" * 64])
 def test_other_keys_are_refused_without_being_shown(text: str) -> None:
     with pytest.raises(ValueError, match="at least 32 bytes") as caught:
-        read_key(Secret(text))
+        key_bytes(Secret(text))
     assert not text or text not in str(caught.value)
 
 
