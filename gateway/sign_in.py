@@ -113,7 +113,6 @@ class SignIn:
         now = datetime.now(UTC)
         expected = Expected(origin=attempt.origin, chain_ids=self._chain_ids)
         check_message(fields, expected, now)
-        await count(fields.address)
         if not await self.sessions.use_nonce(fields.nonce, attempt.browser):
             raise LoginRefused(NONCE_USED)
         question = Question(
@@ -126,7 +125,10 @@ class SignIn:
             nonce=fields.nonce,
             at=now,
         )
-        return _judged(await self.helper.verify(question), fields)
+        wallet = _judged(await self.helper.verify(question), fields)
+        # Counted for its owner alone: whoever only names a wallet must not lock its owner out.
+        await count(wallet.address)
+        return wallet
 
 
 def _judged(answer: Answer, fields: SiweFields) -> Wallet:

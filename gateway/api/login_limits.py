@@ -1,4 +1,4 @@
-"""How often an address and a wallet may try to sign in, wherever they try it.
+"""How often an address may try to sign in, and a wallet sign in, wherever they do it.
 
 Failure: SessionsUnavailable when the till does not count; then nobody tries.
 """
@@ -24,7 +24,7 @@ async def count_address(services: Services, request: Request[Any, Any, Any]) -> 
 
 
 def wallet_counter(services: Services) -> CountWallet:
-    """Counts a signature that is to be verified for a wallet. Raises ApiError 429."""
+    """Counts a signature that was proved to be a wallet's. Raises ApiError 429."""
 
     async def count(address: str) -> None:
         limit = services.settings.identity.tries_per_wallet_per_minute
