@@ -46,7 +46,7 @@ STALE_WHEN_BOOK_AWAY_S = 900
 # known to be away: with the time to live of an answer this stays below the 5 s of a revocation.
 STALE_WAIT_S, AWAY_S = 0.5, 2.0
 LOOKUP_WAIT_S = 5.0
-LOOKUPS_AT_ONCE = 8
+LOOKUPS_AT_ONCE = 4
 LOOKUPS_WAITING_MAX = 1000
 
 
@@ -56,6 +56,14 @@ class _Entry:
     def __init__(self, caller: Caller | None, found_at: float) -> None:
         self.caller = caller
         self.found_at = found_at
+
+
+class _Lane:
+    """Lookups of one sort: who waits in one keeps nobody waiting in another."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self.under_way: dict[bytes, asyncio.Task[_Entry | None]] = {}
 
 
 class Authenticator:
@@ -79,8 +87,9 @@ class Authenticator:
         self._ttl_s = keys.cache_ttl_ms / 1000
         self._entries_max = keys.cache_entries_max
         self._entries: dict[bytes, _Entry] = {}
-        self._lookups: dict[bytes, asyncio.Task[_Entry | None]] = {}
-        self._slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        # Anybody can make up keys that look right. However many they send, what is known of real
+        # ones does not get old: or revoked secrets would live, and others would be refused.
+        self._strangers, self._known = _Lane(), _Lane()
         self._away_until = 0.0
 
     async def authenticate(self, headers: Mapping[bytes, bytes], method: bytes = b"POST") -> Caller:
@@ -105,12 +114,12 @@ class Authenticator:
         if entry is None or age_s >= self._ttl_s:
             entry = await self._look_up(key, sealed, entry)
         elif age_s >= self._ttl_s * RENEW_AT:
-            self._start_lookup(key, sealed)
+            self._start_lookup(key, sealed, entry)
         return _checked(entry.caller)
 
     async def _look_up(self, key: bytes, sealed: bytes, stale: _Entry | None) -> _Entry:
         """A fresh answer of the book, else a stale one that is not too old."""
-        lookup = self._start_lookup(key, sealed)
+        lookup = self._start_lookup(key, sealed, stale)
         if lookup is not None and (stale is None or time.monotonic() >= self._away_until):
             wait_s = LOOKUP_WAIT_S if stale is None else STALE_WAIT_S
             await asyncio.wait([lookup], timeout=wait_s)
@@ -124,19 +133,23 @@ class Authenticator:
             raise KeysUnavailable
         return stale
 
-    def _start_lookup(self, key: bytes, sealed: bytes) -> asyncio.Task[_Entry | None] | None:
+    def _start_lookup(
+        self, key: bytes, sealed: bytes, before: _Entry | None
+    ) -> asyncio.Task[_Entry | None] | None:
         """One reading for all who ask for the same key; None when too many wait already."""
-        lookup = self._lookups.get(sealed)
-        if lookup is None and len(self._lookups) < LOOKUPS_WAITING_MAX:
-            lookup = self._tasks.start(self._read(key, sealed), "keys.lookup")
-            self._lookups[sealed] = lookup
-            lookup.add_done_callback(lambda _: self._lookups.pop(sealed))
+        is_known = before is not None and before.caller is not None
+        lane = self._known if is_known else self._strangers
+        lookup = lane.under_way.get(sealed)
+        if lookup is None and (is_known or len(lane.under_way) < LOOKUPS_WAITING_MAX):
+            lookup = self._tasks.start(self._read(key, sealed, lane), "keys.lookup")
+            lane.under_way[sealed] = lookup
+            lookup.add_done_callback(lambda _: lane.under_way.pop(sealed))
         return lookup
 
-    async def _read(self, key: bytes, sealed: bytes) -> _Entry | None:
+    async def _read(self, key: bytes, sealed: bytes, lane: _Lane) -> _Entry | None:
         """Read the book and remember what it said; None when it did not answer."""
         digests = [sealed, *(digest(key, pepper) for pepper in self._peppers[1:])]
-        async with self._slots:
+        async with lane.slots:
             asked_at = time.monotonic()
             try:
                 found = await find_principals(self._pool, digests)

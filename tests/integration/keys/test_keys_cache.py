@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -208,6 +209,37 @@ async def test_remembered_answers_are_bounded_and_used_keys_stay(book_url: str) 
 
         assert len(entries) <= 20
         assert sealed in entries
+
+
+async def test_made_up_keys_keep_no_revoked_key_alive(book_url: str) -> None:
+    """With every lookup taken by strangers, the old answer about a known key was used on."""
+    async with open_door(book_url, cache_ttl_ms=50) as door:
+        account = await make_account(door.pool)
+        await door.enter(account.secret)
+        stuck = door.authenticator._strangers.slots
+        for _ in range(authenticate.LOOKUPS_AT_ONCE):
+            await stuck.acquire()
+        strangers = [
+            asyncio.ensure_future(door.enter(generate("live").secret))
+            for _ in range(authenticate.LOOKUPS_WAITING_MAX)
+        ]
+        await asyncio.sleep(0)
+
+        async def refused(secret: str) -> Exception | None:
+            try:
+                await door.enter(secret)
+            except (KeyInvalid, KeysUnavailable) as exc:
+                return exc
+            return None
+
+        with pytest.raises(KeysUnavailable):
+            await asyncio.wait_for(door.enter(generate("live").secret), 1)
+        async with book.acquire(door.pool) as conn:
+            await revoke_any_key(conn, account.app_key_id)
+        assert isinstance(await eventually(partial(refused, account.secret)), KeyInvalid)
+        for _ in range(authenticate.LOOKUPS_AT_ONCE):
+            stuck.release()
+        await asyncio.gather(*strangers, return_exceptions=True)
 
 
 @pytest.mark.parametrize("fault", ["refuse", "stall"])

@@ -121,7 +121,7 @@ async def test_each_is_refused_before_anything_is_asked(gateway: Gateway, till_u
             slowest = max(slowest, time.thread_time() - began)
             error = to_api_error(caught.value)
             shapes.add((error.status, error.code, error.message, error.kind, error.headers))
-        assert not door._lookups
+        assert not door._strangers.under_way
         assert not door._entries
 
     assert asked == []
