@@ -62,8 +62,10 @@ class SignIn:
                 per_user_max=identity.sessions_per_user_max,
             ),
         )
+        # Twice this for one wallet must end before the helper counts as stuck.
+        timeout_s = min(chain.timeout_s, identity.verify_timeout_s * 0.4)
         self.helper = SiweHelper(
-            Terms(rpc_urls=tuple(rpc_urls(chain)), timeout_s=chain.timeout_s),
+            Terms(rpc_urls=tuple(rpc_urls(chain)), timeout_s=timeout_s),
             tasks,
             timeout_s=identity.verify_timeout_s,
             pending_max=identity.verifies_pending_max,

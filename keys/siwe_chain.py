@@ -30,15 +30,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Chain(JSONBaseProvider):
-    """One verification's questions to the nodes: timeout_s for each, twice that for all."""
+    """One verification's questions to the nodes: timeout_s for each, and all until due."""
 
-    def __init__(self, rpc_urls: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(self, rpc_urls: tuple[str, ...], timeout_s: float, due: float) -> None:
+        """due: a time.monotonic()."""
         super().__init__()
         # A contract's answer is never a URL to fetch.
         self.global_ccip_read_enabled = False
         self._urls = rpc_urls
         self._timeout_s = timeout_s
-        self._all_due = time.monotonic() + 2 * timeout_s
+        self._all_due = due
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:

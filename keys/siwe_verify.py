@@ -8,6 +8,7 @@ Failure: a chain that does not answer is said so; a bug answers `crashed` and is
 import os
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -50,11 +51,14 @@ class Verifier:
         elif not self._room.acquire(blocking=False):
             self.say(Answer(id=question.id, verdict="busy"))
         else:
-            asked = self._pool.submit(self._ask_chain, message, question)
+            # From now on, so that waiting for a thread counts: whoever answers after the worker's
+            # patience is taken for stuck and killed, with all who wait for keys alone.
+            due = time.monotonic() + 2 * self._terms.timeout_s
+            asked = self._pool.submit(self._ask_chain, message, question, due)
             asked.add_done_callback(lambda future: self._end(question.id, future))
 
-    def _ask_chain(self, message: SiweMessage, question: Question) -> Verdict:
-        chain = Chain(self._terms.rpc_urls, self._terms.timeout_s)
+    def _ask_chain(self, message: SiweMessage, question: Question, due: float) -> Verdict:
+        chain = Chain(self._terms.rpc_urls, self._terms.timeout_s, due)
         try:
             return "contract" if _is_signed(message, question, chain) else "refused"
         except ChainUnavailable:

@@ -3,17 +3,20 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
 from eth_utils.address import to_checksum_address
 
 from config.secret import Secret
+from keys.siwe_message import read_message
+from keys.siwe_wire import Question
 from tests.support import evm_code
 from tests.support.evm import Node
 from tests.support.gateway import Gateway, make_settings, running_gateway
 from tests.support.upstream.launch import Upstream
-from tests.support.wallets import KeyWallet, Visitor, visiting
+from tests.support.wallets import KeyWallet, Visitor, visiting, write_message
 
 SALT = b"\x07" * 32
 LONG = "0x" + "ab" * 200
@@ -192,3 +195,48 @@ async def test_a_node_that_misbehaves_lets_nobody_in_and_keeps_nobody_waiting(
 
     assert refused.status_code == (401 if behaviour == "wrong chain" else 503), refused.text
     assert time.monotonic() - began < 3
+
+
+async def test_wallets_that_wait_for_a_silent_node_end_no_sign_in_of_others(
+    book_url: str, till_url: str, upstream: Upstream
+) -> None:
+    """Waiting for a thread came on top of waiting for the node: the verifier was killed for it."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        settings = make_settings(
+            upstream.base_url,
+            chain__rpc_urls=Secret(f"http://127.0.0.1:{port}"),
+            chain__timeout_s=30,
+            identity__verify_timeout_s=2,
+            till__call_timeout_ms=2000,
+        )
+        async with (
+            running_gateway(book_url, till_url, upstream.base_url, settings) as gateway,
+            visiting(gateway) as visitor,
+        ):
+            assert (await visitor.sign_in(KeyWallet())).status_code == 200
+            helper = gateway.services.sign_in.helper
+            pid = helper.pid
+            said = {"nonce": "a" * 32, "uri": gateway.origin, "domain": gateway.origin[7:]}
+            text = write_message("0x" + "1" * 40, said)
+            question = Question(
+                id=0,
+                text=text,
+                fields=read_message(text),
+                signature=LONG,
+                domain=said["domain"],
+                scheme="http",
+                nonce=said["nonce"],
+                at=datetime.now(UTC),
+            )
+            asked = [asyncio.ensure_future(helper.verify(question)) for _ in range(24)]
+            assert (await visitor.sign_in(KeyWallet())).status_code == 200
+            verdicts = {answer.verdict for answer in await asyncio.gather(*asked)}
+
+    assert verdicts == {"chain_away", "busy"}
+    assert helper.pid == pid
