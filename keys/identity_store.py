@@ -121,9 +121,9 @@ LIMIT 100
 """
 
 
-async def list_wallets(pool: Pool, user_id: UUID) -> list[Wallet]:
+async def list_wallets(conn: Connection, user_id: UUID) -> list[Wallet]:
     """The wallets of a user, oldest first."""
-    async with translated(), pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+    async with translated():
         rows = await conn.fetch(LIST_WALLETS, user_id)
     return [Wallet(address=row["address"], kind=row["kind"]) for row in rows]
 

@@ -13,6 +13,7 @@ from config.ids import id_text
 from gateway.api.body import Body
 from gateway.api.login_limits import count_address, wallet_counter
 from gateway.api.policy import Policy, caller_of
+from gateway.api.tenant import tenant
 from gateway.errors import ApiError
 from gateway.origins import (
     check_origin,
@@ -24,6 +25,7 @@ from gateway.origins import (
 )
 from gateway.services import Services
 from gateway.sign_in import Attempt
+from gateway.single_headers import by_name
 from keys.errors import LoginRefused, SessionInvalid
 from keys.identity_store import list_wallets
 from keys.session import NONCE_TTL_S, Session, is_session_id, sealed
@@ -163,7 +165,7 @@ def _ways_out(services: Services) -> list[HTTPRouteHandler]:
 
 
 def _headers(request: AnyRequest) -> dict[bytes, bytes]:
-    return dict(request.scope["headers"])
+    return by_name(request.scope["headers"])
 
 
 def _own_origin(services: Services, headers: dict[bytes, bytes]) -> str:
@@ -209,7 +211,8 @@ def _forget(services: Services, digests: list[str]) -> None:
 
 
 async def _shown(services: Services, session: Session) -> SessionAnswer:
-    wallets = await list_wallets(services.pool, session.user_id)
+    async with tenant(services, session.account_id) as conn:
+        wallets = await list_wallets(conn, session.user_id)
     return SessionAnswer(
         user_id=f"user_{id_text(session.user_id)}",
         account_id=f"acct_{id_text(session.account_id)}",

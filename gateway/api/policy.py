@@ -18,6 +18,7 @@ from gateway.relay.authenticate import credential_of
 from gateway.relay.bars import caller_address, check_address
 from gateway.relay.call import Caller
 from gateway.services import Services
+from gateway.single_headers import by_name
 from keys.api_key import digest, is_well_formed
 from keys.errors import KeyInvalid
 from keys.principal import Permission
@@ -56,7 +57,7 @@ def guard(services: Services) -> Guard:
         policy = Policy(handler.opt[POLICY])
         if policy is Policy.PUBLIC:
             return
-        headers = dict(connection.scope["headers"])
+        headers = by_name(connection.scope["headers"])
         if policy is Policy.OPERATOR:
             connection.scope["state"][OPERATOR] = await require_operator(services, headers)
             return

@@ -13,6 +13,7 @@ from gateway.relay.bars import caller_address, check_address
 from gateway.relay.call import Arrival, Caller, PublicModel
 from gateway.relay.http_in import JSON, own_headers, send_answer, send_error
 from gateway.services import Services
+from gateway.single_headers import by_name
 from keys.errors import KeysError
 
 CREATED = 1_700_000_000
@@ -46,8 +47,8 @@ async def one_model(services: Services, arrival: Arrival, exchange: Exchange, mo
 async def _answer(
     services: Services, arrival: Arrival, exchange: Exchange, make: Callable[[Caller], object]
 ) -> None:
-    headers = dict(exchange.headers)
     try:
+        headers = by_name(exchange.headers)
         caller = await services.authenticator.authenticate(headers, exchange.method)
         if caller.bars is not None:
             check_address(

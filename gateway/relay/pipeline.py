@@ -25,6 +25,7 @@ from gateway.relay.reply import Reply
 from gateway.relay.seen import Seen
 from gateway.relay.settle import VOID, end_call, finish, wait_settled
 from gateway.services import Services
+from gateway.single_headers import by_name
 from keys.errors import KeysError
 
 ROUTE = "/v1/chat/completions"
@@ -79,7 +80,7 @@ async def _prepared(
     services: Services, arrival: Arrival, exchange: Exchange
 ) -> tuple[Call, Claim | None]:
     settings = services.settings
-    headers = dict(exchange.headers)
+    headers = by_name(exchange.headers)
     check_headers(exchange, headers, settings.limits.headers_bytes_max)
     caller = await services.authenticator.authenticate(headers)
     if caller.bars is not None:

@@ -104,6 +104,32 @@ async def test_two_sessions_in_one_request_are_none(gateway: Gateway, visitor: V
     assert (await visitor.session()).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/api/v1/auth/session"])
+async def test_who_calls_is_said_once(path: str, gateway: Gateway, visitor: Visitor) -> None:
+    """A proxy may have read the first of two, and let it pass; the last of them counted here."""
+    await enter(gateway, visitor)
+    key = f"Bearer {await gateway.key()}"
+    cookie = f"farebox={visitor.client.cookies['farebox']}"
+    visitor.client.cookies.clear()
+    method = "POST" if "chat" in path else "GET"
+    body = CHAT if method == "POST" else None
+    for name, value, other in (
+        ("authorization", key, "Bearer x"),
+        ("authorization", key, key),
+        ("x-api-key", key[7:], "x"),
+        ("cookie", cookie, "a=b"),
+        ("origin", gateway.origin, "https://evil.example"),
+    ):
+        headers = [("cookie", cookie)] if name == "origin" else []
+        headers += [(name, other), (name, value)]
+        visitor.client.headers.pop("origin", None)
+        answer = await visitor.client.request(method, path, json=body, headers=headers)
+        assert code(answer) == (400, "invalid_request"), name
+    twice = [("authorization", key), ("x-other", "1"), ("x-other", "2")]
+    answer = await visitor.client.request(method, path, json=body, headers=twice)
+    assert answer.status_code == (403 if "auth" in path else 200)
+
+
 async def test_the_till_knows_no_secret_of_a_session(gateway: Gateway, visitor: Visitor) -> None:
     nonce = await visitor.nonce()
     before = visitor.client.cookies["farebox-login"]
