@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from config.ids import id_text
 from gateway.api.body import Body
-from gateway.api.login_limits import count_address, wallet_counter
+from gateway.api.login_limits import count_address, count_nonce, wallet_counter
 from gateway.api.policy import Policy, caller_of
 from gateway.api.tenant import tenant
 from gateway.errors import ApiError
@@ -86,6 +86,7 @@ def _ways_in(services: Services) -> list[HTTPRouteHandler]:
         if b"origin" in headers:
             check_origin(settings, headers)
         await count_address(services, request)
+        await count_nonce(services)
         made, browser = await sign_in.new_nonce()
         answer = NonceAnswer(
             nonce=made,

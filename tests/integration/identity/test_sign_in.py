@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from gateway.api import login_limits
+from gateway.client_address import read_networks
 from gateway.supervise import Tasks
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
 from tests.support.siwe_cases import PARTS, SIGNATURES, TEXTS
@@ -221,3 +223,17 @@ async def test_sign_ins_are_limited_by_address_and_by_wallet(
         assert 0 < int(last.headers["retry-after-ms"]) <= 2000
         visitor.client.headers["x-forwarded-for"] = "192.0.2.1"
         assert (await visitor.client.post("/api/v1/auth/nonce")).status_code == 200
+
+
+async def test_strangers_with_many_addresses_do_not_fill_the_till(
+    gateway: Gateway, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(login_limits, "NONCES_MAX", 5)
+    monkeypatch.setattr(gateway.services, "proxies", read_networks(["127.0.0.1"]))
+    answers = []
+    for number in range(8):
+        visitor.client.headers["x-forwarded-for"] = f"192.0.2.{number}"
+        answers.append(await visitor.client.post("/api/v1/auth/nonce"))
+
+    assert [answer.status_code for answer in answers[:6]] == [200] * 5 + [503]
+    assert 0 < int(answers[5].headers["retry-after"]) <= login_limits.NONCES_WINDOW_S
