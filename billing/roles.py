@@ -54,10 +54,13 @@ class Login(msgspec.Struct, frozen=True, kw_only=True):
     superusers: list[str]
     bypassing: list[str]
     creating_roles: list[str]
+    replicating: list[str]
     mighty: list[str]
     owned: list[str]
     changeable: list[str]
     unwalled: list[str]
+    reading_secrets: list[str]
+    """Roles that may read operators' digests or sealed credentials."""
     may_create: bool
     is_worker: bool
     is_request: bool
@@ -66,7 +69,7 @@ class Login(msgspec.Struct, frozen=True, kw_only=True):
 
 SELECT_LOGIN = """
 WITH reach AS (
-    SELECT rolname::text AS name, rolsuper, rolbypassrls, rolcreaterole
+    SELECT oid, rolname::text AS name, rolsuper, rolbypassrls, rolcreaterole, rolreplication
     FROM pg_roles
     WHERE pg_has_role(session_user, oid, 'MEMBER')
 ),
@@ -83,6 +86,7 @@ SELECT
     ARRAY(SELECT name FROM reach WHERE rolsuper ORDER BY name) AS superusers,
     ARRAY(SELECT name FROM reach WHERE rolbypassrls ORDER BY name) AS bypassing,
     ARRAY(SELECT name FROM reach WHERE rolcreaterole ORDER BY name) AS creating_roles,
+    ARRAY(SELECT name FROM reach WHERE rolreplication ORDER BY name) AS replicating,
     ARRAY(SELECT name FROM reach WHERE name = ANY($1::text[]) ORDER BY name) AS mighty,
     ARRAY(
         SELECT name FROM tables WHERE pg_has_role(session_user, relowner, 'MEMBER') ORDER BY name
@@ -100,6 +104,12 @@ SELECT
         WHERE NOT t.is_walled AND EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = t.oid)
         ORDER BY t.name
     ) AS unwalled,
+    ARRAY(
+        SELECT name FROM reach
+        WHERE has_table_privilege(oid, 'operator_keys', 'SELECT')
+            OR has_column_privilege(oid, 'upstream_credentials', 'sealed', 'SELECT')
+        ORDER BY name
+    ) AS reading_secrets,
     has_schema_privilege(session_user, current_schema(), 'CREATE') AS may_create,
     pg_has_role(session_user, 'farebox_worker', 'USAGE') AS is_worker,
     pg_has_role(session_user, 'farebox_request', 'USAGE') AS is_request,
@@ -131,6 +141,9 @@ def wrong_request(found: Login, worker: Login) -> list[str]:
         wrong.append(f"{found.login} is the login of book.url too: give it one of its own")
     elif found.may_become_worker and not found.superusers:
         wrong.append(f"{found.login} is a member of {WORKER}, which sees every account")
+    elif found.reading_secrets and not found.superusers:
+        roles = ", ".join(found.reading_secrets)
+        wrong.append(f"{found.login} may read operators' keys or sealed credentials (as {roles})")
     if not found.is_request:
         wrong.append(_no_member(found, REQUEST))
     if (found.database, found.accounts) != (worker.database, worker.accounts):
@@ -156,6 +169,7 @@ def _too_mighty(found: Login) -> list[str]:
     said = {
         "bypasses row level security": found.bypassing,
         "may create roles": found.creating_roles,
+        "may copy the whole cluster": found.replicating,
         "can get at every row": found.mighty,
     }
     wrong = [f"{who} {what} (as {', '.join(roles)})" for what, roles in said.items() if roles]

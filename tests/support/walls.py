@@ -28,6 +28,8 @@ LOGINS: Mapping[str, tuple[Sequence[str], str]] = {
     "login_roles": ((REQUEST,), "CREATEROLE"),
     "login_super": ((), "SUPERUSER"),
     "login_hidden": ((REQUEST, "login_super"), "NOINHERIT"),
+    "login_copies": ((WORKER,), "REPLICATION"),
+    "login_reads": ((REQUEST, "pg_read_all_data"), "NOINHERIT"),
     "login_mighty": ((WORKER, "pg_write_all_data"), ""),
 }
 # What is a row's own, and not just its key: whose rows they are.

@@ -27,6 +27,7 @@ MIGHTY_LOGINS = {
     "login_hidden": ["login_hidden may become a superuser (login_super)"],
     "login_bypass": ["login_bypass bypasses row level security (as login_bypass)"],
     "login_roles": ["login_roles may create roles (as login_roles)"],
+    "login_copies": ["login_copies may copy the whole cluster (as login_copies)"],
     "login_stranger": [
         "login_stranger is no member of farebox_{} (GRANT farebox_{} TO login_stranger)"
     ],
@@ -94,6 +95,14 @@ async def test_a_login_that_could_get_past_a_wall_is_refused(logins: str) -> Non
             ("request", wrong_request(found, good)),
         ):
             assert {text.format(role, role) for text in wrong} <= set(said), (login, role)
+
+
+async def test_a_request_login_that_reads_secrets_is_refused(logins: str) -> None:
+    good, found = await look_at(worker(logins)), await look_at(login_url(logins, "login_reads"))
+
+    assert wrong_request(found, good)[0] == (
+        "login_reads may read operators' keys or sealed credentials (as pg_read_all_data)"
+    )
 
 
 async def test_a_request_login_that_is_the_worker_too_is_refused(logins: str) -> None:
