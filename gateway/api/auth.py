@@ -155,7 +155,7 @@ def _ways_out(services: Services) -> list[HTTPRouteHandler]:
         cookie = _cookie(services, session_cookie(settings), "", 0)
         return Response(None, cookies=[cookie])
 
-    @post("/api/v1/auth/logout-all", status_code=204, policy=Policy.SESSION)
+    @post("/api/v1/auth/logout-all", status_code=204, policy=Policy.SESSION, when_frozen=True)
     async def logout_all(request: AnyRequest) -> Response[None]:
         """End all sessions of who is signed in, everywhere within five seconds."""
         _forget(services, await sign_in.sessions.end_all(_session(request).user_id))
@@ -166,7 +166,7 @@ def _ways_out(services: Services) -> list[HTTPRouteHandler]:
 
 
 def _headers(request: AnyRequest) -> dict[bytes, bytes]:
-    return by_name(request.scope["headers"])
+    return by_name(list(request.scope["headers"]))
 
 
 def _own_origin(services: Services, headers: dict[bytes, bytes]) -> str:

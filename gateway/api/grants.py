@@ -142,7 +142,9 @@ def handlers(services: Services) -> list[HTTPRouteHandler]:
         async with tenant(services, account_id) as conn:
             return _shown(await grants_store.find_grant(conn, account_id, uid))
 
-    @delete("/api/v1/grants/{grant_id:str}", policy=Policy.SESSION, status_code=200)
+    @delete(
+        "/api/v1/grants/{grant_id:str}", policy=Policy.SESSION, status_code=200, when_frozen=True
+    )
     async def revoke(request: AnyRequest, grant_id: FromPath[str]) -> GrantShown:
         """Revoke a grant for good; again changes nothing. Streams under way end as they are."""
         account_id, uid = caller_of(request).principal.account_id, _read_id(grant_id)

@@ -88,7 +88,7 @@ def _changing(services: Services) -> list[HTTPRouteHandler]:
         account_id = caller_of(request).principal.account_id
         return await _update(services, account_id, _read_id(key_id), data)
 
-    @delete("/api/v1/keys/{key_id:str}", policy=Policy.SESSION, status_code=200)
+    @delete("/api/v1/keys/{key_id:str}", policy=Policy.SESSION, status_code=200, when_frozen=True)
     async def revoke(request: AnyRequest, key_id: FromPath[str]) -> KeyShown:
         """Revoke an API key for good; again changes nothing."""
         account_id = caller_of(request).principal.account_id

@@ -25,6 +25,9 @@ from keys.principal import Permission
 from keys.store import find_operator
 
 POLICY, CALLER, OPERATOR = "policy", "caller", "operator"
+# Of a handler that ends sessions or keys: freezing an account must not keep its owner from throwing
+# out whoever it was frozen for, or all of them are back when it is thawed.
+WHEN_FROZEN = "when_frozen"
 Connection = ASGIConnection[Any, Any, Any, Any]
 
 
@@ -57,12 +60,14 @@ def guard(services: Services) -> Guard:
         policy = Policy(handler.opt[POLICY])
         if policy is Policy.PUBLIC:
             return
-        headers = by_name(connection.scope["headers"])
+        headers = by_name(list(connection.scope["headers"]))
         if policy is Policy.OPERATOR:
             connection.scope["state"][OPERATOR] = await require_operator(services, headers)
             return
         method = str(connection.scope.get("method", "")).encode()
-        caller = await services.authenticator.authenticate(headers, method)
+        caller = await services.authenticator.authenticate(
+            headers, method, may_be_frozen=bool(handler.opt.get(WHEN_FROZEN))
+        )
         if caller.bars is not None:
             peer = connection.scope.get("client")
             check_address(

@@ -92,17 +92,23 @@ class Authenticator:
         self._strangers, self._known = _Lane(), _Lane()
         self._away_until = 0.0
 
-    async def authenticate(self, headers: Mapping[bytes, bytes], method: bytes = b"POST") -> Caller:
+    async def authenticate(
+        self,
+        headers: Mapping[bytes, bytes],
+        method: bytes = b"POST",
+        *,
+        may_be_frozen: bool = False,
+    ) -> Caller:
         """The caller behind the credential of a request. Raises a KeysError.
 
-        Cookies count only when no key was sent.
+        Cookies count only when no key was sent. may_be_frozen: also a session of a frozen account.
         """
         try:
             key = credential_of(headers)
         except CredentialMissing:
             if self.sessions is None:
                 raise
-            return await self.sessions.authenticate(headers, method)
+            return await self.sessions.authenticate(headers, method, may_be_frozen)
         if not key.startswith(self._prefix) or len(key) > KEY_LENGTH_MAX:
             raise _wrong_kind(key)
         sealed = digest(key, self._peppers[0])

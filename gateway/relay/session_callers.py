@@ -57,7 +57,9 @@ class SessionCallers:
         self._entries: dict[str, _Entry] = {}
         self._reading = SingleFlight(_look_at)
 
-    async def authenticate(self, headers: Mapping[bytes, bytes], method: bytes) -> Caller:
+    async def authenticate(
+        self, headers: Mapping[bytes, bytes], method: bytes, may_be_frozen: bool = False
+    ) -> Caller:
         """The caller behind a session's cookie. Raises a KeysError."""
         secret = cookie_of(headers, self._cookie)
         if secret is None:
@@ -72,7 +74,7 @@ class SessionCallers:
             entry = await self._reading.run(digest, lambda: self._look_up(digest))
         if entry.session.expires_at <= time.time():
             raise SessionInvalid
-        if not entry.caller.principal.account_active:
+        if not (entry.caller.principal.account_active or may_be_frozen):
             raise AccountFrozen
         return entry.caller
 

@@ -12,7 +12,7 @@ from gateway.till_memory import TillMemory
 from keys.session import Session, Sessions, SessionTerms, is_session_id, new_secret, sealed
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
 from tests.support.upstream.launch import Upstream
-from tests.support.wallets import KeyWallet, Visitor, enter, visiting, write_message
+from tests.support.wallets import KeyWallet, Visitor, enter, stamp, visiting, write_message
 
 CHAT = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
 WITHIN_S = 5.0
@@ -213,6 +213,32 @@ async def test_a_frozen_account_is_told_so(gateway: Gateway, visitor: Visitor) -
 
     assert code(await visitor.session()) == (403, "account_frozen")
     assert (await visitor.client.post("/api/v1/auth/logout")).status_code == 204
+
+
+async def test_who_is_frozen_may_still_throw_others_out(gateway: Gateway, visitor: Visitor) -> None:
+    """Thawed, an account had all its leaked keys and stolen sessions back."""
+    await rich(gateway, visitor)
+    client, keys = visitor.client, "/api/v1/keys"
+    key = (await client.post(keys, json={"name": "leaked"})).json()
+    wish = {"budget": {"credits": "1"}, "expires_at": stamp(600)}
+    grant = (await client.post("/api/v1/grants", json=wish)).json()
+    await gateway.pool.execute("UPDATE billing_accounts SET status = 'frozen'")
+
+    async def is_frozen() -> bool | None:
+        return (await visitor.session()).status_code == 403 or None
+
+    await eventually(is_frozen)
+    patched = await client.patch(f"{keys}/{key['id']}", json={"budget": None})
+    revoked = [
+        await client.delete(f"{keys}/{key['id']}"),
+        await client.delete(f"/api/v1/grants/{grant['id']}"),
+    ]
+    assert code(patched) == (403, "account_frozen")
+    assert [(one.status_code, one.json()["status"]) for one in revoked] == [(200, "revoked")] * 2
+    assert (await client.post("/api/v1/auth/logout-all")).status_code == 204
+    await gateway.pool.execute("UPDATE billing_accounts SET status = 'active'")
+    assert (await visitor.session()).status_code == 401
+    assert (await chat(visitor, authorization=f"Bearer {key['key']}")).status_code == 401
 
 
 async def test_without_the_till_nobody_is_let_in(gateway: Gateway, visitor: Visitor) -> None:
