@@ -295,8 +295,9 @@ async def _rotated(conn: Connection, account_id: UUID, key_id: UUID, rotation: R
     if row["status"] == "revoked":
         raise KeyRevoked
     ends_at = row["previous_expires_at"]
-    if ends_at is not None and ends_at > row["now"]:
-        # Dropping the old secret before its time would break whoever was promised that time.
+    if rotation.overlap_s and ends_at is not None and ends_at > row["now"]:
+        # Dropping the old secret before its time would break whoever was promised that time. No
+        # overlap at all is for whoever has lost a secret: every one before the new ends now.
         raise RotationInProgress(ends_at=ends_at)
     pepper = rotation.peppers[0]
     kind = row["prefix"].split("_")[1]

@@ -79,6 +79,21 @@ async def test_the_old_secret_ends_with_the_overlap(gateway: Gateway, alice: Per
     await ended(gateway, made["key"])
 
 
+async def test_a_secret_that_leaked_during_its_overlap_can_be_ended(
+    gateway: Gateway, alice: Person
+) -> None:
+    """It went on for up to a week, or the key had to be revoked with its budget and name."""
+    made = await alice.new_key()
+    path = f"/keys/{made['id']}/rotate"
+    second = await alice.post(path, {"overlap_s": 600})
+    last = await alice.post(path, {})
+
+    await ended(gateway, made["key"])
+    await ended(gateway, second["key"])
+    assert await status_of(gateway, last["key"]) == 200
+    assert last["previous_expires_at"] is None
+
+
 async def test_the_same_idempotency_key_gives_the_same_secret(alice: Person) -> None:
     made = await alice.new_key()
     path = f"/keys/{made['id']}/rotate"
