@@ -26,6 +26,7 @@ from gateway.catalog import Catalog, build_catalog
 from gateway.client_address import read_networks
 from gateway.holds import HoldKeeper
 from gateway.metrics import Metrics, watch_loop
+from gateway.operators import Operators
 from gateway.providers.http import HttpClient
 from gateway.relay.aside import Aside
 from gateway.relay.authenticate import Authenticator
@@ -78,6 +79,7 @@ class Services:
         self.limiter = Limiter(self.link, scripts.rate)
         self.sign_in = SignIn(settings, pool, self.link, self.tasks)
         self.authenticator = Authenticator(settings, pool, self.tasks, self.sign_in.sessions)
+        self.operators = Operators(settings.keys, pool)
         worker = worker_name()
         self.till = Till(
             self.link,

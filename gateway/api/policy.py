@@ -19,10 +19,8 @@ from gateway.relay.bars import caller_address, check_address
 from gateway.relay.call import Caller
 from gateway.services import Services
 from gateway.single_headers import by_name
-from keys.api_key import digest, is_well_formed
 from keys.errors import KeyInvalid
 from keys.principal import Permission
-from keys.store import find_operator
 
 POLICY, CALLER, OPERATOR = "policy", "caller", "operator"
 # Of a handler that ends sessions or keys: freezing an account must not keep its owner from throwing
@@ -106,11 +104,7 @@ def operator_of(connection: Connection) -> UUID:
 
 async def require_operator(services: Services, headers: dict[bytes, bytes]) -> UUID:
     """The operator key of a request. Raises a KeysError for anything else."""
-    key = credential_of(headers)
-    if not (key.startswith(b"fb_op_") and is_well_formed(key)):
-        raise KeyInvalid
-    digests = [digest(key, pepper) for pepper in peppers_of(services)]
-    operator_id = await find_operator(services.pool, digests)
+    operator_id = await services.operators.find(credential_of(headers))
     if operator_id is None:
         raise KeyInvalid
     return operator_id
@@ -118,8 +112,7 @@ async def require_operator(services: Services, headers: dict[bytes, bytes]) -> U
 
 def peppers_of(services: Services) -> list[bytes]:
     """The pepper in use, then the one before it while keys still have that."""
-    keys = services.settings.keys
-    return [pepper.reveal().encode() for pepper in (keys.pepper, keys.pepper_previous) if pepper]
+    return services.operators.peppers
 
 
 def require_policies(handlers: Iterable[HTTPRouteHandler]) -> None:

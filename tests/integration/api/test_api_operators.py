@@ -2,12 +2,15 @@
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
 from billing.till_scopes import account_scope_key
 from config.ids import id_text, new_id, read_id
+from gateway import operators
+from keys.api_key import generate
 from tests.support.gateway import Gateway, eventually
 from tests.support.people import Person, calling
 
@@ -244,3 +247,28 @@ async def test_a_freeze_is_in_the_log_with_its_operator_and_reason(
     assert facts["billing_account_id"] == f"acct_{id_text(alice.account_id)}"
     assert (facts["status"], facts["reason"]) == ("frozen", "chargeback")
     assert read_id(facts["operator_key_id"])
+
+
+async def test_made_up_operator_keys_keep_no_receipt_waiting(
+    gateway: Gateway, operator: Person
+) -> None:
+    """Each of them took a connection of those that receipts are posted with."""
+    asking = most = 0
+    real = operators.find_operator
+
+    async def count(*args: Any) -> UUID | None:
+        nonlocal asking, most
+        asking += 1
+        most = max(most, asking)
+        try:
+            return await real(*args)
+        finally:
+            asking -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "find_operator", count)
+        secrets = [generate("op").secret.encode() for _ in range(100)]
+        found = await asyncio.gather(*map(gateway.services.operators.find, secrets))
+
+    assert (set(found), most) == ({None}, operators.LOOKUPS_AT_ONCE)
+    assert (await operator.get("/operator/accounts"))["object"] == "list"
