@@ -3,7 +3,9 @@
 Nothing is loaded from elsewhere, and the page may not reach anything but us.
 """
 
+import asyncio
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
 
 from litestar import MediaType, Response, get
@@ -57,12 +59,15 @@ START = """SwaggerUIBundle({
 def handlers(services: Services, document: Callable[[], bytes]) -> list[HTTPRouteHandler]:
     """The routes of the documentation. document: makes the OpenAPI document; called once."""
     made: list[bytes] = []
+    making = asyncio.Lock()
 
     @get("/openapi.json", policy=Policy.PUBLIC, include_in_schema=False)
     async def openapi() -> Response[bytes]:
         """The OpenAPI document of all routes."""
-        if not made:
-            made.append(await services.aside.run(document))
+        async with making:
+            # It takes a thread that long bodies of calls wait for.
+            if not made:
+                made.append(await services.aside.run(document))
         headers = {"access-control-allow-origin": "*"}
         return Response(made[0], media_type=MediaType.JSON, headers=headers)
 
@@ -84,7 +89,8 @@ def handlers(services: Services, document: Callable[[], bytes]) -> list[HTTPRout
     return [openapi, page, asset]
 
 
+@cache
 def _bundled(name: str) -> bytes:
-    """A file of Swagger UI, as its package brings it."""
+    """A file of Swagger UI, as its package brings it. One copy for all who read it slowly."""
     (folder,) = resources.files("swagger_ui_bundle").joinpath("vendor").iterdir()
     return folder.joinpath(name).read_bytes()

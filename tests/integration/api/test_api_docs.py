@@ -1,5 +1,6 @@
 """The OpenAPI document, and the page that shows it."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,6 +9,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from gateway.api import docs
 from tests.support.gateway import Gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -73,3 +75,18 @@ async def test_the_page_has_no_other_parts(client: httpx.AsyncClient) -> None:
 
         assert answer.status_code == 404, name
         assert answer.json()["error"]["code"] == "unknown_url"
+
+
+async def test_the_document_is_made_once_however_many_ask_first(gateway: Gateway) -> None:
+    """It is made on the threads of large bodies, which waited for as many as had asked."""
+    made = []
+
+    def document() -> bytes:
+        made.append(True)
+        return b"{}"
+
+    ask = docs.handlers(gateway.services, document)[0].fn
+    answers = await asyncio.gather(*(ask() for _ in range(50)))
+
+    assert {answer.content for answer in answers} == {b"{}"}
+    assert len(made) == 1
