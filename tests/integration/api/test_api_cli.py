@@ -95,7 +95,7 @@ async def test_a_key_is_rotated_and_revoked(gateway: Gateway, cli: Cli, alice: P
     over_http = await alice.post(
         f"/keys/{made['id']}/rotate", {"overlap_s": 600}, idempotency_key="one"
     )
-    said = await cli.run("keys", "rotate", made["id"], status=1)
+    said = await cli.run("keys", "rotate", made["id"], "--overlap-s", "600", status=1)
 
     assert rotated["api_key"] == again["api_key"] == over_http["key"]
     assert "being rotated: its old secret still works. Until 2" in said
