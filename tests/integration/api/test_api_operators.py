@@ -10,6 +10,7 @@ import pytest
 from billing.till_scopes import account_scope_key
 from config.ids import id_text, new_id, read_id
 from gateway import operators
+from keys import store
 from keys.api_key import generate
 from tests.support.gateway import Gateway, eventually
 from tests.support.people import Person, calling
@@ -254,7 +255,7 @@ async def test_made_up_operator_keys_keep_no_receipt_waiting(
 ) -> None:
     """Each of them took a connection of those that receipts are posted with."""
     asking = most = 0
-    real = operators.find_operator
+    real = store.find_operator
 
     async def count(*args: Any) -> UUID | None:
         nonlocal asking, most

@@ -2,13 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-import asyncpg
 import httpx
 import msgspec
 import pytest
@@ -17,67 +15,20 @@ from billing import book, till_scan
 from billing.errors import AccountFrozen
 from config.ids import id_text, new_id
 from config.secret import Secret
-from config.settings import Keys, Settings
 from gateway.relay import authenticate
-from gateway.relay.authenticate import Authenticator
 from gateway.relay.call import Caller
-from gateway.supervise import Tasks
 from keys import store
 from keys.api_key import digest, generate
 from keys.errors import KeyExpired, KeyInvalid, KeyNotFound, KeysUnavailable
 from keys.keys_store import list_keys, revoke_any_key
 from keys.store import KeyTerms, create_key
 from tests.support.books import PEPPER, make_account, open_pool
+from tests.support.doors import open_door
 from tests.support.faultproxy import Mode, running_proxy
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
-from tests.support.tills import nothing_unseen
 from tests.support.upstream.launch import Upstream
 
 BODY = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
-
-
-class Queries:
-    """What a pool's connections sent, by asyncpg's own query log."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    async def watch(self, conn: Any) -> None:
-        conn.add_query_logger(self._note)
-
-    def _note(self, record: Any) -> None:
-        self.texts.append(record.query)
-
-    def count(self) -> int:
-        return sum("app_api_keys" in text for text in self.texts)
-
-
-class Door:
-    """An authenticator on a real book, and what it asked."""
-
-    def __init__(self, authenticator: Authenticator, queries: Queries, pool: book.Pool) -> None:
-        self.authenticator = authenticator
-        self.queries = queries
-        self.pool = pool
-
-    async def enter(self, secret: str) -> Caller:
-        headers = {b"authorization": f"Bearer {secret}".encode()}
-        return await self.authenticator.authenticate(headers)
-
-
-@asynccontextmanager
-async def open_door(book_url: str, **more: Any) -> AsyncIterator[Door]:
-    """more: settings of `keys`."""
-    settings = Settings(keys=Keys(**{"pepper": Secret(PEPPER.decode()), **more}))
-    queries, tasks = Queries(), Tasks()
-    watched = asyncpg.create_pool(
-        book_url, setup=queries.watch, min_size=1, max_size=4, timeout=5, command_timeout=10
-    )
-    async with nothing_unseen(), watched as pool:
-        try:
-            yield Door(Authenticator(settings, pool, tasks), queries, pool)
-        finally:
-            await tasks.close()
 
 
 async def test_a_warm_key_costs_no_query(book_url: str) -> None:
