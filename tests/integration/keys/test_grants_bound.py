@@ -42,11 +42,11 @@ async def test_open_grants_of_an_account_are_bounded_whoever_asks_at_once(narrow
         await alice.delete(f"/grants/{made[0]['id']}")
         # Neither revoking nor an end makes room at once: minting for ever would fill the book.
         await alice.post("/grants", wish(), 409)
-        await narrow.pool.execute(AN_HOUR_LATER)
+        await narrow.tamper(AN_HOUR_LATER)
         await alice.post("/grants", wish(), 201)
         await alice.post("/grants", wish(), 409)
-        await narrow.pool.execute("UPDATE app_api_keys SET expires_at = now()")
-        await narrow.pool.execute(AN_HOUR_LATER)
+        await narrow.tamper("UPDATE app_api_keys SET expires_at = now()")
+        await narrow.tamper(AN_HOUR_LATER)
         await alice.post("/grants", wish(), 201)
 
 
