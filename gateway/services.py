@@ -77,7 +77,6 @@ class Services:
         self.proxies = read_networks(settings.server.trusted_proxies)
         self.limiter = Limiter(self.link, scripts.rate)
         self.sign_in = SignIn(settings, pool, self.link, self.tasks)
-        self.authenticator = Authenticator(settings, pool, self.tasks, self.sign_in.sessions)
         worker = worker_name()
         self.till = Till(
             self.link,
@@ -86,6 +85,9 @@ class Services:
             worker=worker,
             lease_ms=settings.till.hold_lease_s * 1000,
             rebuild_ms=settings.till.rebuild_wait_ms,
+        )
+        self.authenticator = Authenticator(
+            settings, pool, self.tasks, self.sign_in.sessions, self.till.seed_budget
         )
         self.settler = Settler(
             pool,
