@@ -383,10 +383,10 @@ def _said(state: SpendState) -> tuple[int, int]:
     return state.spent_nanos, state.version
 
 
-def _ends_s(budget: BudgetScope) -> Arg:
-    """When its window ends, in seconds since 1970; '': never."""
+def _ends_s(budget: BudgetScope) -> int:
+    """When its window ends, in seconds since 1970; 0: never."""
     ends_at = budget.ends_at
-    return "" if ends_at is None else int(ends_at.timestamp())
+    return 0 if ends_at is None else int(ends_at.timestamp())
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

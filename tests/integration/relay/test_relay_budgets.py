@@ -214,6 +214,19 @@ async def test_a_new_window_begins_at_midnight(
     await assert_clean(relay, valkey_url)
 
 
+async def test_a_total_budget_does_not_stay_in_the_till_for_ever(
+    relay: Relay, valkey_url: str
+) -> None:
+    """Grants have one each: whoever mints them for ever would fill the till."""
+    key = await budgeted(relay, HOLD, "total")
+    assert (await relay.call(key, SHORT, **TEN)).status == 200
+    async with redis.asyncio.from_url(valkey_url) as till:
+        (name,) = [one async for one in till.scan_iter(f"{shard_prefix(relay.account_of(key))}b:*")]
+        left_s = await till.ttl(name)
+
+    assert timedelta(days=34) < timedelta(seconds=left_s) <= timedelta(days=35)
+
+
 async def test_a_total_budget_never_begins_anew(relay: Relay) -> None:
     key = await budgeted(relay, HOLD, "total")
     await end(relay, await admit_at(relay, key, MIDNIGHT))
