@@ -16,6 +16,7 @@ from billing.prices import PriceBook
 from billing.prices_store import load_prices
 from billing.roles import request_url, worker_url
 from billing.settler import Settler
+from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
 from billing.till_rates import Limiter
@@ -184,7 +185,8 @@ async def open_services(
         services.tasks.start(services.holds.run_alive(), "holds.alive")
         services.tasks.start(services.holds.run_renewals(), "holds.renew")
         if services.spool is not None:
-            orphans = replay_orphans(Path(limits.spool_dir), pool, metrics)
+            post = Sweeper(pool, services.till, grace_s=0, takeover_s=0).post
+            orphans = replay_orphans(Path(limits.spool_dir), post, metrics)
             services.tasks.start(orphans, "spool.replay")
             services.tasks.start(services.spool.run(), "spool.run")
         services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")
