@@ -32,6 +32,8 @@ UNTAKEN_S = seconds(1000)
 LOOK_EVERY_S = seconds(1000)
 RETRY_FIRST_S, RETRY_LAST_S = seconds(100), seconds(5000)
 STALLED_S = seconds(5000)
+# For a thread that is about to be done with the file; one that hangs keeps it.
+CLOSE_WAIT_S = seconds(200)
 LINES_AT_ONCE = 1000
 
 # macOS has none; there fsync does as much.
@@ -267,13 +269,15 @@ class _OwnFile:
 
     def close(self, *, delete: bool) -> None:
         """Unlocked and, if wanted, deleted before that."""
-        if not self._in_use.acquire(blocking=False):
+        if not self._in_use.acquire(timeout=CLOSE_WAIT_S):
             return
         try:
             if delete:
                 with suppress(OSError):
                     self._path.unlink(missing_ok=True)
             os.close(self._fd)
+            # A write that nobody waits for any more must not find another file by that number.
+            self._fd = -1
         finally:
             self._in_use.release()
 

@@ -17,9 +17,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from billing.book import BookRefused, Pool, acquire
+from billing.book import BookRefused
 from billing.errors import BillingError
-from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, decode_receipt
 from billing.spool import SUFFIX, checksum
 
@@ -31,7 +30,7 @@ BATCH_MAX = 256
 LINE_BYTES_MAX = 256 * 1024
 
 Post = Callable[[list[ChargeReceipt]], Awaitable[object]]
-"""Posts receipts into the book, as `post_receipts` does and raising what it raises."""
+"""Posts into the book and tells the till, as `Sweeper.post` does, and raises what it raises."""
 
 
 class Replayed(msgspec.Struct, kw_only=True):
@@ -47,16 +46,6 @@ class Replayed(msgspec.Struct, kw_only=True):
     """Receipts that the book refuses for good."""
     left: int = 0
     """Files that have to be replayed again: the book or the disk did not answer."""
-
-
-def post_into(pool: Pool) -> Post:
-    """Post into the book and nothing else."""
-
-    async def post(receipts: list[ChargeReceipt]) -> None:
-        async with acquire(pool) as conn:
-            await post_receipts(conn, receipts)
-
-    return post
 
 
 async def replay_spool(folder: Path, post: Post) -> Replayed:

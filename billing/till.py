@@ -154,7 +154,9 @@ class Till:
         """Mend what kept a hold from being placed; raise when it is a refusal that stands."""
         status, index, nanos = reply[0].decode(), reply[1], reply[2]
         if status == "cold":
-            await (self.seed_from_book(scopes.account_id) if index == 1 else self._warm(scopes))
+            await (
+                self.seed_from_book(scopes.account_id) if index == 1 else self.seed_budget(scopes)
+            )
         elif index > 1 or not await self._refreshed(status, scopes.account_id):
             _refuse(status, scopes, index, hold_nanos, nanos)
 
@@ -280,9 +282,9 @@ class Till:
         """The same for every scope of a request that has money."""
         await self.seed_from_book(scopes.account_id)
         if scopes.budget is not None:
-            await self._warm(scopes)
+            await self.seed_budget(scopes)
 
-    async def _warm(self, scopes: SpendScopes) -> None:
+    async def seed_budget(self, scopes: SpendScopes) -> None:
         """Tell the till what the book says of a budget, once for all who ask for it."""
         budget = scopes.budget
         assert budget is not None
@@ -381,10 +383,10 @@ def _said(state: SpendState) -> tuple[int, int]:
     return state.spent_nanos, state.version
 
 
-def _ends_s(budget: BudgetScope) -> Arg:
-    """When its window ends, in seconds since 1970; '': never."""
+def _ends_s(budget: BudgetScope) -> int:
+    """When its window ends, in seconds since 1970; 0: never."""
     ends_at = budget.ends_at
-    return "" if ends_at is None else int(ends_at.timestamp())
+    return 0 if ends_at is None else int(ends_at.timestamp())
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

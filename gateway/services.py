@@ -16,6 +16,7 @@ from billing.prices import PriceBook
 from billing.prices_store import load_prices
 from billing.roles import request_url, worker_url
 from billing.settler import Settler
+from billing.sweep import Sweeper
 from billing.till import Scripts, Till
 from billing.till_link import TillLink
 from billing.till_rates import Limiter
@@ -78,7 +79,6 @@ class Services:
         self.proxies = read_networks(settings.server.trusted_proxies)
         self.limiter = Limiter(self.link, scripts.rate)
         self.sign_in = SignIn(settings, pool, self.link, self.tasks)
-        self.authenticator = Authenticator(settings, pool, self.tasks, self.sign_in.sessions)
         self.operators = Operators(settings.keys, pool)
         worker = worker_name()
         self.till = Till(
@@ -88,6 +88,9 @@ class Services:
             worker=worker,
             lease_ms=settings.till.hold_lease_s * 1000,
             rebuild_ms=settings.till.rebuild_wait_ms,
+        )
+        self.authenticator = Authenticator(
+            settings, pool, self.tasks, self.sign_in.sessions, self.till.seed_budget
         )
         self.settler = Settler(
             pool,
@@ -184,7 +187,8 @@ async def open_services(
         services.tasks.start(services.holds.run_alive(), "holds.alive")
         services.tasks.start(services.holds.run_renewals(), "holds.renew")
         if services.spool is not None:
-            orphans = replay_orphans(Path(limits.spool_dir), pool, metrics)
+            post = Sweeper(pool, services.till, grace_s=0, takeover_s=0).post
+            orphans = replay_orphans(Path(limits.spool_dir), post, metrics)
             services.tasks.start(orphans, "spool.replay")
             services.tasks.start(services.spool.run(), "spool.run")
         services.tasks.start(watch_loop(metrics, services.sample), "loop.watch")

@@ -3,10 +3,9 @@
 import asyncio
 from pathlib import Path
 
-from billing.book import Pool
 from billing.settler import Settler
 from billing.spool import Spool
-from billing.spool_replay import Replayed, post_into, replay_spool
+from billing.spool_replay import Post, Replayed, replay_spool
 from config.settings import Settings
 from gateway.metrics import Metrics
 
@@ -28,10 +27,13 @@ def make_spool(settings: Settings, owner: str, settler: Settler, metrics: Metric
     )
 
 
-async def replay_orphans(folder: Path, pool: Pool, metrics: Metrics) -> None:
-    """What dead workers left, until nothing of it is left."""
+async def replay_orphans(folder: Path, post: Post, metrics: Metrics) -> None:
+    """What dead workers left, until nothing of it is left.
+
+    post tells the till, too: it may have lost the holds, and would let their credit be spent again.
+    """
     while True:
-        done = await replay_spool(folder, post_into(pool))
+        done = await replay_spool(folder, post)
         count_replayed(metrics, done)
         if not done.left:
             return

@@ -2,11 +2,12 @@
 -- seed: tell a scope what the book says. Idempotent: only a newer version changes anything.
 -- KEYS  1 epoch   2 scope
 -- ARGV  1 epoch   2 posted, nanos   3 version   4 status of the account ('' : no word about it)
---       5 when the window of a budget ends, seconds since 1970 ('' : an account, or never)
+--       5 when the window of a budget ends, seconds since 1970 (0: never; '' : an account)
 -- Reply seeded, kept (not newer) or epoch (the till is not open in this epoch: nothing is written)
 -- A budget's window is forgotten 35 days after its end, and not before 35 days from now: nobody is
--- admitted on it by then, and what was open has ended. No other key may have a time to live: an
--- account or a hold that vanished by itself would mint credit.
+-- admitted on it by then, or it would have been seeded again, as every few seconds while its key is
+-- in use; and what was open has ended. No other key may have a time to live: an account or a hold
+-- that vanished by itself would mint credit.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'epoch' end
 local f = redis.call('HMGET', KEYS[2], 'version', 'epoch')
 -- A confirm may have told more than this reading of the book knew, also in an older epoch. It says

@@ -9,12 +9,12 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 
 from billing.budget_windows import BudgetedScopes
-from billing.errors import AccountFrozen
+from billing.errors import AccountFrozen, BillingError
 from billing.till_scopes import BudgetScope, ScopeLimits, SpendScopes, spend_scopes
 from billing.windows import BEGINNING
 from config.ids import id_text
@@ -70,13 +70,20 @@ class Authenticator:
     """Credentials to callers, for one worker."""
 
     def __init__(
-        self, settings: Settings, pool: Pool, tasks: Tasks, sessions: Sessions | None = None
+        self,
+        settings: Settings,
+        pool: Pool,
+        tasks: Tasks,
+        sessions: Sessions | None = None,
+        seed_budget: Callable[[SpendScopes], Awaitable[None]] | None = None,
     ) -> None:
+        """seed_budget tells the till what the book says of a budget."""
         keys = settings.keys
         self._keys = keys
         self.sessions = (
             None if sessions is None else SessionCallers(settings, pool, sessions, self._caller)
         )
+        self._seed_budget = seed_budget
         self._limits = settings.limits
         self._pool = pool
         self._tasks = tasks
@@ -168,12 +175,26 @@ class Authenticator:
         for principal in found:
             if any(hmac.compare_digest(principal.digest, known) for known in digests):
                 caller = self._caller(principal)
+                await self._refresh_budget(caller)
         # Renewed answers go to the end: what nobody asks for is forgotten first.
         self._entries.pop(sealed, None)
         if len(self._entries) >= self._entries_max:
             self._forget_some()
         entry = self._entries[sealed] = _Entry(caller, asked_at)
         return entry
+
+    async def _refresh_budget(self, caller: Caller) -> None:
+        """Have the till told what was spent, also while its key had no budget or another window.
+
+        What ended then was not held on this budget, so no confirmation told of it.
+        """
+        if caller.budgeted is None or self._seed_budget is None:
+            return
+        try:
+            await self._seed_budget(caller.scopes_at(time.time()))
+        except BillingError as exc:
+            # Told with the next answer; a till that lost its content asks by itself.
+            log.warning("key.budget_untold", extra={"error": repr(exc)})
 
     def _forget_some(self) -> None:
         """Make room: a tenth, oldest answers first (dicts keep the order of insertion)."""

@@ -10,8 +10,9 @@ from uuid import UUID
 from billing.audit import audit
 from billing.audit_report import Report
 from billing.till_entries import Owner
-from billing.till_scan import open_till
-from billing.till_scopes import account_scope_key, shard_prefix
+from billing.till_scan import TillScan, open_till
+from billing.till_scopes import BudgetScope, account_scope_key, shard_prefix
+from billing.windows import BEGINNING
 from config.ids import id_text
 from gateway.supervisor import READY
 from tests.faults.clients import Answer, send, send_all, served
@@ -155,6 +156,13 @@ FROM credit_ledger
 WHERE billing_account_id = $1 AND reason <> 'grant'
 """
 SELECT_BALANCE = "SELECT balance_nanos FROM billing_accounts WHERE id = $1"
+SELECT_BUDGET = """
+SELECT
+    v.id, v.budget_nanos,
+    (SELECT coalesce(sum(spent_nanos), 0)::bigint FROM scope_spend WHERE virtual_key_id = v.id)
+FROM virtual_keys AS v
+WHERE v.billing_account_id = $1 AND v.budget_nanos IS NOT NULL
+"""
 
 
 async def _evidence(
@@ -168,14 +176,8 @@ async def _evidence(
     async with world.book() as conn, open_till(world.till_url) as till:
         receipts = [dict(row) for row in await conn.fetch(SELECT_RECEIPTS, account_id)]
         ledger = await conn.fetch(SELECT_LEDGER, account_id)
-        balance = await conn.fetchval(SELECT_BALANCE, account_id)
         report = await audit(conn, till, at_rest=True)
-        scope = await till.read_scope(
-            shard_prefix(account_id), Owner(kind="a", owner_id=account_id)
-        )
-    available = None
-    if scope is not None and scope.posted is not None:
-        available = scope.posted - scope.uncommitted - scope.held
+        balance, available = await _left(conn, till, account_id)
     return Evidence(
         plan=plan,
         struck=struck,
@@ -190,6 +192,24 @@ async def _evidence(
         audit_findings=_findings(report),
         trouble=trouble,
     )
+
+
+async def _left(conn: Any, till: TillScan, account_id: UUID) -> tuple[int, int | None]:
+    """What the key may spend, by the book and by the till: of its budget, if it has one."""
+    budget = await conn.fetchrow(SELECT_BUDGET, account_id)
+    if budget is None:
+        left, limit = await conn.fetchval(SELECT_BALANCE, account_id), None
+        owner = Owner(kind="a", owner_id=account_id)
+    else:
+        key_id, limit, spent = budget
+        left = limit - spent
+        scope_of = BudgetScope(virtual_key_id=key_id, window="total", starts_at=BEGINNING)
+        owner = Owner(kind="b", owner_id=key_id, budget=scope_of)
+    scope = await till.read_scope(shard_prefix(account_id), owner)
+    if scope is None or scope.posted is None:
+        return left, None
+    posted = scope.posted if limit is None else limit - scope.posted
+    return left, posted - scope.uncommitted - scope.held
 
 
 def _adjusted(ledger: list[Any]) -> dict[str, int]:

@@ -48,8 +48,9 @@ class Evidence:
     """Nanos charged or given back later, by request id."""
     ledger_charged: int
     balance: int
+    """What is left of the account, or of the key's budget."""
     till_available: int | None
-    """None: the till does not know the account."""
+    """None: the till does not know of it."""
     audit_findings: Sequence[str]
     trouble: Sequence[str]
     """What went wrong while the run was done."""

@@ -195,11 +195,13 @@ class World:
             await client.aclose()
 
     async def account(self, credits: int, *, has_budget: bool) -> tuple[UUID, str]:
-        """A new account with that many credits, and a key of it, which may spend all of them."""
+        """A new account, and a key of it that may spend that many credits: all that the account
+        has, or its budget, and then the account has more."""
         async with self.book() as conn:
             account_id = await book.create_account(conn, "campaign")
             nanos = read_credits(str(credits))
-            await book.grant(conn, account_id, nanos, f"g_{new_id()}", "campaign")
+            granted = 2 * nanos if has_budget else nanos
+            await book.grant(conn, account_id, granted, f"g_{new_id()}", "campaign")
             budget = Budget(nanos=nanos, window="total") if has_budget else None
             terms = KeyTerms(name="campaign", kind="test", budget=budget)
             _, key = await create_key(conn, account_id, terms, pepper=PEPPER.encode())

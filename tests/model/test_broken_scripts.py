@@ -87,6 +87,33 @@ BROKEN_FOR_BUDGETS = {
     "renew grows beyond a budget": [
         ("renew", "if kind == 'B' then available = limit - tonumber(f[1]) - spoken_for end", ""),
     ],
+    "admit takes a hold that is more than is left": [
+        ("admit", "if available < nanos then", "if available < nanos - 1 then"),
+    ],
+    "admit goes by what an older epoch said of a budget": [
+        (
+            "admit",
+            "if not f[2] or f[6] ~= epoch then",
+            "if not f[2] or kind == 'A' and f[6] ~= epoch then",
+        ),
+    ],
+    "renew goes by what an older epoch said of a budget": [
+        (
+            "renew",
+            "if not f[1] or f[4] ~= ARGV[1] then",
+            "if not f[1] or kind == 'A' and f[4] ~= ARGV[1] then",
+        ),
+    ],
+    "sweep keeps the hold of a budget": [
+        ("sweep", "if ARGV[2 + i] ~= 'K' then", "if ARGV[2 + i] == 'A' then"),
+    ],
+    "seed takes over what a budget was before": [
+        (
+            "seed",
+            "if newer >= 0 then return 'kept' end",
+            "if newer >= 0 and ARGV[4] ~= '' then return 'kept' end",
+        ),
+    ],
     "settle keeps the hold of a budget": [
         (
             "settle",

@@ -125,6 +125,17 @@ class ScriptsMachine(RuleBasedStateMachine):
     def admit_now(self, n: int, nanos: int, tokens: int) -> None:
         self.admit(n, nanos, abs(self.oracle.epoch) or 1, tokens)
 
+    @rule(n=NAMES, more=st.integers(0, 1), tokens=TOKENS)
+    def admit_all(self, n: int, more: int, tokens: int) -> None:
+        """All that is available, or one more."""
+        nanos = self.available(self.of(n)[2]) + more
+        if nanos >= 0:
+            self.admit_now(n, nanos, tokens)
+
+    def available(self, names: tuple[str, ...]) -> int:
+        scopes = [self.oracle.scopes[name] for name in names]
+        return min(scope.available for scope in scopes if scope.kind != "K")
+
     @rule(shares=st.integers(1, 3))
     def time_passes(self, shares: int) -> None:
         """Buckets are full again at a moment: an earlier one is the same as a later now."""
@@ -161,6 +172,16 @@ class ScriptsMachine(RuleBasedStateMachine):
         wanted = self.oracle.holds[name].nanos + more
         self.renew(int(name[1:]), wanted, abs(self.oracle.epoch) or 1, False)
 
+    @precondition(lambda self: self.oracle.holds)
+    @rule(n=NAMES, more=st.integers(0, 1))
+    def grow_all(self, n: int, more: int) -> None:
+        """By all that is available, or one more."""
+        names = sorted(self.oracle.holds)
+        name = names[n % len(names)]
+        hold = self.oracle.holds[name]
+        wanted = hold.nanos + max(self.available(hold.scopes), 0) + more
+        self.renew(int(name[1:]), wanted, abs(self.oracle.epoch) or 1, False)
+
     @rule(n=NAMES, price=NANOS, used=st.lists(TOKENS, min_size=2, max_size=2))
     def settle(self, n: int, price: int, used: list[int]) -> None:
         name, hold, names, keys = self.of(n)
@@ -188,6 +209,15 @@ class ScriptsMachine(RuleBasedStateMachine):
         request = (name, LONG_MS, state, price, f"{price} {{}}")
         answer = self.call(self.scripts.sweep, (OUTBOX, hold, LEASES, *keys), *request, *kinds)
         self.ends_like(answer, self.oracle.sweep(name, names, state, price))
+
+    @precondition(lambda self: self.oracle.holds)
+    @rule(n=NAMES, price=NANOS)
+    def sweep_open(self, n: int, price: int) -> None:
+        names = sorted(self.oracle.holds)
+        name = names[n % len(names)]
+        hold = self.oracle.holds[name]
+        self.lease_ends(int(name[1:]))
+        self.sweep(int(name[1:]), min(price, hold.nanos), hold.state)
 
     @rule(n=NAMES)
     def lease_ends(self, n: int) -> None:
@@ -244,6 +274,18 @@ class ScriptsMachine(RuleBasedStateMachine):
     def shard(self, epoch: int, to: str) -> None:
         answer = self.call(self.scripts.shard, (EPOCH,), epoch, to)
         self.ends_like(answer, self.oracle.shard(epoch, to))
+
+    @precondition(lambda self: abs(self.oracle.epoch) < 9)
+    @rule(names=st.sets(st.sampled_from(["a:1", "a:2", "b:1", "b:2"]), min_size=1), n=NAMES)
+    def epoch_begins(self, names: set[str], n: int) -> None:
+        """In which only some scopes were seeded; what is open may want to grow."""
+        epoch = abs(self.oracle.epoch) + 1
+        self.shard(epoch, "close")
+        self.shard(epoch, "open")
+        for name in sorted(names):
+            self.seed(name, 0, epoch)
+        if self.oracle.holds:
+            self.grow(n, 1)
 
     @rule(steps=st.integers(1, PAST_MAX))
     def go_back(self, steps: int) -> None:

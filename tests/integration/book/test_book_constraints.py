@@ -21,6 +21,8 @@ INSERT INTO credit_ledger (
 )
 VALUES ($1, {seq}, {before}, {amount}, {after}, {reason}, {reference})
 """
+KEYS = "UPDATE app_api_keys SET {}"
+BUDGETS = "UPDATE virtual_keys SET budget_nanos = {}, budget_window = {}"
 COPY = "INSERT INTO charge_receipts ({columns}) SELECT {values} FROM charge_receipts"
 BALANCE = "UPDATE billing_accounts SET balance_nanos = {}"
 RATES = "input_rate, output_rate, cached_input_rate, cache_write_rate, reasoning_rate"
@@ -76,6 +78,18 @@ def copied_receipt(column: str, value: str) -> str:
     )
     values = columns.replace(column, value, 1)
     return COPY.format(columns=columns, values=values)
+
+
+def credential(**fields: str) -> str:
+    values = {
+        "virtual_key_id": "$2::uuid",
+        "billing_account_id": "$1::uuid",
+        "provider": "'p'",
+        "sealed": "sha256('s')",
+        **fields,
+    }
+    columns, row = ", ".join(values), ", ".join(values.values())
+    return f"INSERT INTO upstream_credentials ({columns}) SELECT {row}"
 
 
 ACCOUNT = "INSERT INTO billing_accounts (id, owner_user_id) SELECT gen_random_uuid(), "
@@ -176,6 +190,47 @@ STATEMENTS = {
         "INSERT INTO wallets SELECT '0x' || repeat(x, 40), owner_user_id "
         "FROM billing_accounts, unnest(ARRAY['a', 'A']) AS x WHERE id = $1"
     ),
+    "a wallet of no known kind": (
+        "INSERT INTO wallets (address, user_id, kind) "
+        "SELECT '0x' || repeat('a', 40), owner_user_id, 'odd' FROM billing_accounts WHERE id = $1"
+    ),
+    "an account without requests": "UPDATE billing_accounts SET requests_per_minute = 0",
+    "an account without tokens": "UPDATE billing_accounts SET tokens_per_minute = 0",
+    "a status for a reason without end": (
+        "UPDATE billing_accounts SET status_reason = repeat('x', 501)"
+    ),
+    "a negative budget": BUDGETS.format(-1, "'day'"),
+    "a budget that the till cannot count": BUDGETS.format(MAX + 1, "'day'"),
+    "a budget of no known window": BUDGETS.format(1, "'hour'"),
+    "a budget without a window": BUDGETS.format(1, "NULL"),
+    "a window without a budget": BUDGETS.format("NULL", "'day'"),
+    "a key without requests": KEYS.format("requests_per_minute = 0"),
+    "a key without tokens": KEYS.format("tokens_per_minute = 0"),
+    "a key for no model": KEYS.format("models = '{}'"),
+    "a key from nowhere": KEYS.format("ip_allow = '{}'"),
+    "a key for nothing": KEYS.format("scopes = '{}'"),
+    "a key for what nobody knows": KEYS.format("scopes = '{infer,mint}'"),
+    "a key of no known kind": KEYS.format("kind = 'odd'"),
+    "a key with a short digest before": KEYS.format(
+        "previous_digest = '\\x00', previous_expires_at = now()"
+    ),
+    "two keys with one digest before": KEYS.format(
+        "previous_digest = sha256('x'), previous_expires_at = now()"
+    ),
+    "a digest before without an end": KEYS.format("previous_digest = sha256('x')"),
+    "an end of no digest before": KEYS.format("previous_expires_at = now()"),
+    "a rotation with a short digest": KEYS.format("rotation_digest = '\\x00'"),
+    "a grant without an end": KEYS.format("kind = 'grant'"),
+    "a key of a run": KEYS.format("run_id = 'r'"),
+    "a key of a graph": KEYS.format("graph_id = 'g'"),
+    "a grant of an empty run": KEYS.format("kind = 'grant', expires_at = now(), run_id = ''"),
+    "a grant of an empty graph": KEYS.format("kind = 'grant', expires_at = now(), graph_id = ''"),
+    "a credential for nobody": credential(provider="''"),
+    "a credential in which nothing is sealed": credential(sealed="'\\x00'"),
+    "a credential of another account": credential(
+        billing_account_id="(SELECT id FROM billing_accounts WHERE id <> $1 LIMIT 1)"
+    ),
+    "a second system tenant": "UPDATE billing_accounts SET is_system_tenant = true",
 }
 
 
@@ -272,6 +327,7 @@ RECEIPTS: dict[str, Callable[[Account], dict[str, Any]]] = {
     "no known usage source": lambda a: {"usage_source": "rumour"},
     "no known outcome": lambda a: {"outcome": "odd"},
     "no known provenance": lambda a: {"provenance": "odd"},
+    "no known window of a budget": lambda a: {"budget_window": "hour"},
     "no attempt": lambda a: {"attempt": 0},
     "failed attempts that are no list": lambda a: {"failed_attempts": {}},
     "negative retries": lambda a: {"client_retry_count": -1},

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from billing.book import Pool, acquire
+from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt, encode_receipt
 from billing.settler import Settled
 from billing.spool import Spool, spool_line
-from billing.spool_replay import Replayed, post_into, replay_spool
+from billing.spool_replay import Post, Replayed, replay_spool
 from config.clock import Seconds
 from config.ids import id_text
 from gateway.supervise import Tasks
@@ -82,6 +84,16 @@ async def desk(book_url: str, tmp_path: Path) -> AsyncIterator[Desk]:
 
 def line_of(receipt: ChargeReceipt) -> bytes:
     return spool_line(encode_receipt(receipt))
+
+
+def post_into(pool: Pool) -> Post:
+    """Into the book and nothing else: there is no till here."""
+
+    async def post(receipts: list[ChargeReceipt]) -> None:
+        async with acquire(pool) as conn:
+            await post_receipts(conn, receipts)
+
+    return post
 
 
 async def replay(book_url: str, folder: Path) -> Replayed:

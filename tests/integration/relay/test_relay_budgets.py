@@ -50,11 +50,15 @@ async def spent_of(relay: Relay, key: str) -> int:
 
 
 async def budget_scopes(relay: Relay, key: str, valkey_url: str) -> dict[str, dict[Any, Any]]:
-    """The key's budgets in the till, by window and first day."""
+    """The key's budgets in the till on which something was spent, by window and first day."""
     async with redis.asyncio.from_url(valkey_url, decode_responses=True) as till:
         names = [name async for name in till.scan_iter(f"{shard_prefix(relay.account_of(key))}b:*")]
         found = [await till.hgetall(name) for name in names]
-    return {name.split(":", 4)[-1]: dict(one) for name, one in zip(names, found, strict=True)}
+    return {
+        name.split(":", 4)[-1]: dict(one)
+        for name, one in zip(names, found, strict=True)
+        if "open" in one or one.get("version") != "0"
+    }
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -210,6 +214,19 @@ async def test_a_new_window_begins_at_midnight(
     await assert_clean(relay, valkey_url)
 
 
+async def test_a_total_budget_does_not_stay_in_the_till_for_ever(
+    relay: Relay, valkey_url: str
+) -> None:
+    """Grants have one each: whoever mints them for ever would fill the till."""
+    key = await budgeted(relay, HOLD, "total")
+    assert (await relay.call(key, SHORT, **TEN)).status == 200
+    async with redis.asyncio.from_url(valkey_url) as till:
+        (name,) = [one async for one in till.scan_iter(f"{shard_prefix(relay.account_of(key))}b:*")]
+        left_s = await till.ttl(name)
+
+    assert timedelta(days=34) < timedelta(seconds=left_s) <= timedelta(days=35)
+
+
 async def test_a_total_budget_never_begins_anew(relay: Relay) -> None:
     key = await budgeted(relay, HOLD, "total")
     await end(relay, await admit_at(relay, key, MIDNIGHT))
@@ -231,7 +248,7 @@ async def test_a_month_is_the_sum_of_its_days_also_in_a_till_that_lost_it(
     (name,) = await budget_scopes(relay, key, valkey_url)
     async with redis.asyncio.from_url(valkey_url) as till:
         owner = f"{shard_prefix(relay.account_of(key))}b:"
-        (raw,) = [one async for one in till.scan_iter(f"{owner}*")]
+        (raw,) = [one async for one in till.scan_iter(f"{owner}*:{name}")]
         expires_at = await till.expiretime(raw)
         await till.delete(raw)
     with pytest.raises(KeyLimitReached) as caught:
