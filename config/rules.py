@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from config.address import is_checksummed
 from config.secret import Secret
 from config.settings import Book, Chain, Identity, Keys, Model, Price, Provider, Server
 
@@ -21,6 +22,12 @@ ORIGIN = re.compile(
     r"(?::(?P<port>[1-9][0-9]{0,4}))?"
 )
 ORIGIN_LENGTH_MAX = 255
+# https://developers.circle.com/stablecoins/usdc-contract-addresses
+USDC = {
+    8453: "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913",
+    84532: "0x036CbD53842c5426634e7929541eC2318f3dCF7e",
+}
+ZERO_ADDRESS = "0x" + "0" * 40
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+~-]{0,127}")
 
@@ -49,9 +56,7 @@ def broken(table: Struct) -> Iterator[tuple[str, str]]:
                 "expected https://host[:port], or http:// on loopback, in lower case",
             )
         case Chain():
-            for url in rpc_urls(table):
-                if wrong := _wrong_node(url):
-                    yield "rpc_urls", wrong
+            yield from _chain(table)
         case Book():
             yield from _book(table)
         case Keys(encryption_key_previous=previous, encryption_key=key) if previous and not key:
@@ -76,6 +81,11 @@ def is_origin(text: str) -> bool:
 def rpc_urls(chain: Chain) -> list[str]:
     """The nodes of a chain, in the order in which they are asked."""
     return [url for part in chain.rpc_urls.reveal().split(",") if (url := part.strip())]
+
+
+def token_address(chain: Chain) -> str:
+    """The token that payments are made in; empty when it is not known."""
+    return chain.token or USDC.get(chain.id, "")
 
 
 def wrong_secret(secret: Secret) -> str | None:
@@ -128,6 +138,32 @@ def _is_network(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _chain(chain: Chain) -> Iterator[tuple[str, str]]:
+    for url in rpc_urls(chain):
+        if wrong := _wrong_node(url):
+            yield "rpc_urls", wrong
+    named = {"token": chain.token, "treasury": chain.treasury}
+    for key, address in [*named.items(), *(("sweep_addresses", a) for a in chain.sweep_addresses)]:
+        if address and (not is_checksummed(address) or address == ZERO_ADDRESS):
+            yield key, "expected an address in its checksum form (EIP-55), not zero"
+    if chain.treasury:
+        yield from _treasury(chain)
+
+
+def _treasury(chain: Chain) -> Iterator[tuple[str, str]]:
+    """What taking payments needs besides a treasury."""
+    if not token_address(chain):
+        yield "token", f"required for payments on chain {chain.id}"
+    if chain.treasury == token_address(chain):
+        yield "treasury", "expected an address that is not the token's"
+    urls = rpc_urls(chain)
+    # One node could be lied to, or lie, about money. The same one twice is one.
+    if len(set(urls)) < (1 if chain.development else 2):
+        yield "rpc_urls", "payments need two nodes of two providers (development: one)"
+    elif len(set(urls)) < len(urls):
+        yield "rpc_urls", "expected every node once"
 
 
 def _wrong_node(url: str) -> str | None:

