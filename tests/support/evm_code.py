@@ -8,6 +8,7 @@ from eth_utils.crypto import keccak
 MAGIC = bytes.fromhex("1626ba7e")  # of EIP-1271: the signature is valid
 SUFFIX_6492 = bytes.fromhex("6492" * 16)
 _PLAIN = {
+    "STOP": 0x00,
     "SUB": 0x03,
     "MUL": 0x02,
     "EQ": 0x14,
@@ -25,6 +26,7 @@ _PLAIN = {
     "JUMPDEST": 0x5B,
     "DUP1": 0x80,
     "SWAP1": 0x90,
+    "CALL": 0xF1,
     "RETURN": 0xF3,
     "CREATE2": 0xF5,
     "STATICCALL": 0xFA,
@@ -87,6 +89,25 @@ def returning_megabytes() -> bytes:
 def burning() -> bytes:
     """A contract that never ends by itself."""
     return assemble("JUMPDEST", 0, "JUMP")
+
+
+def batching(calls: Sequence[tuple[str, bytes]]) -> bytes:
+    """A contract that makes these calls, each (address, data), whenever it is called itself.
+
+    What one of them answers, an error too, changes nothing for the others.
+    """
+    head = _batch_head(calls, 0)
+    return _batch_head(calls, len(head)) + b"".join(data for _, data in calls)
+
+
+def _batch_head(calls: Sequence[tuple[str, bytes]], data_at: int) -> bytes:
+    words: list[str | int | bytes] = []
+    for address, data in calls:
+        size = len(data).to_bytes(2, "big")
+        words += [size, data_at.to_bytes(2, "big"), 0, "CODECOPY"]
+        words += [0, 0, size, 0, 0, bytes.fromhex(address[2:]), "GAS", "CALL", "POP"]
+        data_at += len(data)
+    return assemble(*words, "STOP")
 
 
 def factory() -> bytes:
