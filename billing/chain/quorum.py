@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from billing.chain.errors import ChainError, ChainUnfit, NodeRefused, NodesDisagree, TooFewNodes
-from billing.chain.rpc import Node
+from billing.chain.rpc import Node, tls_context
 from billing.chain.verify import TRANSFER_TOPIC, ChainRules, chain_rules
 from billing.chain.wire import Block, FoundLog, Heads, Log, Receipt
 from config.rules import rpc_urls
@@ -60,8 +60,9 @@ class Quorum:
         urls = rpc_urls(chain)
         self.rules: ChainRules = chain_rules(chain)
         self.counts: Counter[str] = Counter()
+        tls = tls_context()
         self._nodes = [
-            Node(str(at), Secret(url), chain, self.counts) for at, url in enumerate(urls, 1)
+            Node(str(at), Secret(url), chain, self.counts, tls) for at, url in enumerate(urls, 1)
         ]
         self._needed = min(2, len(urls)) if chain.development else 2
         self._scan_blocks_max = chain.scan_blocks_max

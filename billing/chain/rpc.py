@@ -7,6 +7,7 @@ settings, from 1. Failure: NodeUnavailable, or BadAnswer when the answer cannot 
 
 import asyncio
 import logging
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,9 +47,11 @@ class _Answer(msgspec.Struct):
 
 
 class Node:
-    """A node; counts is shared by all of them."""
+    """A node; counts and tls are shared by all of them."""
 
-    def __init__(self, name: str, url: Secret, chain: Chain, counts: Counter[str]) -> None:
+    def __init__(
+        self, name: str, url: Secret, chain: Chain, counts: Counter[str], tls: ssl.SSLContext
+    ) -> None:
         self.name = name
         self._url = url
         self._timeout_ms = int(chain.timeout_s * 1000)
@@ -57,7 +60,7 @@ class Node:
         self._bucket = Bucket(chain.requests_per_second, chain.requests_burst, _now_ms())
         self._breaker = Breaker(chain.failures_max, int(chain.rest_s * 1000))
         self._last_id = 0
-        self._client = _client()
+        self._client = _client(tls)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -197,6 +200,11 @@ class Node:
             log.warning("chain.node_rests", extra=facts)
 
 
+def tls_context() -> ssl.SSLContext:
+    """Whom we trust; reading them takes a while."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _result(answer: _Answer, asked_id: int) -> bytes:
     result = bytes(answer.result)
     if answer.id != asked_id or not result:
@@ -204,12 +212,13 @@ def _result(answer: _Answer, asked_id: int) -> bytes:
     return result
 
 
-def _client() -> httpx.AsyncClient:
+def _client(tls: ssl.SSLContext) -> httpx.AsyncClient:
     """A client that goes where the settings say, and nowhere else."""
     # They log each URL, and the URL of a node carries its key.
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return httpx.AsyncClient(
+        verify=tls,
         trust_env=False,  # no proxies and no passwords from the environment
         follow_redirects=False,
         timeout=None,  # noqa: S113 - each question has a deadline as a whole

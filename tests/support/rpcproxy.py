@@ -9,6 +9,15 @@ from typing import Any
 import httpx
 import msgspec
 
+
+class RpcError(Exception):
+    """Raised by what alters answers: the node says no."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
 Alter = Callable[[str, list[Any], Any], Any]
 
 
@@ -40,9 +49,17 @@ class RpcProxy:
         told = self._client.post("", content=body, headers={"content-type": "application/json"})
         answer = told.json()
         if self.alter is not None and "result" in answer:
-            result = self.alter(asked["method"], asked["params"], answer["result"])
-            answer["result"] = result
+            answer = self._altered(asked, answer)
         return 200, msgspec.json.encode(answer), {"content-type": "application/json"}
+
+    def _altered(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        assert self.alter is not None
+        try:
+            result = self.alter(asked["method"], asked["params"], answer["result"])
+        except RpcError as exc:
+            said = {"code": exc.code, "message": "no"}
+            return {"jsonrpc": "2.0", "id": asked["id"], "error": said}
+        return {**answer, "result": result}
 
     def close(self) -> None:
         self._client.close()
@@ -55,6 +72,8 @@ def running_proxy(node_url: str) -> Iterator[RpcProxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # head and body at once: else each answer waits for an acknowledgement
+        disable_nagle_algorithm = True
 
         def do_POST(self) -> None:
             proxy.headers.append({name.lower(): value for name, value in self.headers.items()})

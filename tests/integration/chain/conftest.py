@@ -7,7 +7,7 @@ import pytest
 
 from billing.chain.quorum import Quorum
 from tests.support.evm import Node, running_anvil
-from tests.support.pay import FINALIZED_AFTER, PAYER, Nodes, open_quorum
+from tests.support.pay import FINALIZED_AFTER, PAYER, TREASURY, Nodes, open_quorum
 from tests.support.rpcproxy import RpcProxy, running_proxy
 from tests.support.usdc import UNITS, Usdc
 
@@ -19,6 +19,14 @@ def usdc_chain() -> Iterator[Node]:
         usdc.mint(node.accounts()[PAYER], 100_000 * UNITS)
         node.mine(FINALIZED_AFTER)
         yield node
+
+
+@pytest.fixture(scope="session")
+def tx_hash(usdc_chain: Node) -> str:
+    """A payment of 5 USDC that is final."""
+    made = Usdc(usdc_chain).transfer(usdc_chain.accounts()[PAYER], TREASURY, 5 * UNITS)
+    usdc_chain.mine(FINALIZED_AFTER)
+    return made
 
 
 @pytest.fixture(scope="session")
