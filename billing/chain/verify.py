@@ -11,7 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from billing.chain.errors import BadAnswer, HashMalformed
-from billing.chain.transfer import Transfer
+from billing.chain.transfer import UNITS_MAX, Transfer
 from billing.chain.wire import Block, Heads, Log, Receipt
 from config.rules import token_address
 from config.settings import Chain
@@ -128,13 +128,10 @@ def verdict(
         return Verdict(code=code, is_terminal=is_settled and receipt.status == 0)
     try:
         moved = token_transfers(receipt, config.token)
+        paid = _paid(moved, config.treasury)
     except BadAnswer:
         return Verdict(code=Code.RPC_ERROR)
-    findings = tuple(
-        _finding(each, receipt, block, config, heads)
-        for each in moved
-        if each.to == config.treasury and each.units > 0
-    )
+    findings = tuple(_finding(each, receipt, block, config, heads) for each in paid)
     if not findings:
         return Verdict(code=_why_nothing(moved), is_terminal=is_settled)
     if not all(finding.is_final for finding in findings):
@@ -205,6 +202,14 @@ def _address(topic: str) -> str:
     if found is None:
         raise BadAnswer("no address")
     return f"0x{found[1]}"
+
+
+def _paid(moved: tuple[Moved, ...], treasury: str) -> tuple[Moved, ...]:
+    """What is worth something and the treasury's."""
+    paid = tuple(each for each in moved if each.to == treasury and each.units > 0)
+    if any(each.units > UNITS_MAX for each in paid):
+        raise BadAnswer("more than there is")
+    return paid
 
 
 def _finding(

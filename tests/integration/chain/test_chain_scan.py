@@ -112,7 +112,9 @@ async def test_ranges_follow_each_other_and_overlap(
 ) -> None:
     head = chain.height()
     async with open_quorum(nodes, scan_blocks_max=2, scan_overlap_blocks=1) as quorum:
-        at, ranges, hashes = cursor, [], []
+        at = cursor
+        ranges: list[tuple[int, int]] = []
+        hashes: list[str] = []
         while at <= head:
             found = await quorum.scan(at, head)
             assert found.is_complete

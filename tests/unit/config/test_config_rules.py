@@ -2,7 +2,7 @@ import pytest
 
 from config.errors import ConfigError
 from config.load import load
-from config.rules import is_origin, rpc_urls
+from config.rules import is_origin, rpc_urls, token_address
 from config.secret import Secret
 
 ECHO = {"providers.echo": {"kind": "echo"}}
@@ -189,3 +189,49 @@ def test_a_previous_encryption_key_needs_a_present_one():
     assert problems({"keys.encryption_key_previous": Secret("x")}) == (
         "keys.encryption_key_previous: needs encryption_key",
     )
+
+
+TREASURY = "0x7e7e7e7E7e7E7e7e7e7E7e7e7e7E7e7e7e7e7e7E"
+NODES = Secret("https://a.example/key, https://b.example/key")
+PAYMENTS = {"chain.treasury": TREASURY, "chain.rpc_urls": NODES}
+
+
+def test_payments_need_a_treasury_and_two_nodes():
+    chain = load(None, {}, PAYMENTS).settings.chain
+
+    assert token_address(chain) == "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913"
+    sepolia = load(None, {}, {**PAYMENTS, "chain.id": 84532}).settings.chain
+    assert token_address(sepolia) == "0x036CbD53842c5426634e7929541eC2318f3dCF7e"
+    alone = {"chain.rpc_urls": Secret("https://a.example"), "chain.development": True}
+    assert load(None, {}, PAYMENTS | alone).settings.chain.development
+
+
+CHECKSUM = "expected an address in its checksum form (EIP-55), not zero"
+TWO_NODES = "payments need two nodes of two providers (development: one)"
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({"treasury": TREASURY.lower()}, f"treasury: {CHECKSUM}"),
+        ({"treasury": TREASURY[:-1]}, f"treasury: {CHECKSUM}"),
+        ({"treasury": TREASURY + "\n"}, f"treasury: {CHECKSUM}"),
+        ({"treasury": "0x" + "0" * 40}, f"treasury: {CHECKSUM}"),
+        ({"token": TREASURY.upper()}, f"token: {CHECKSUM}"),
+        ({"sweep_addresses": ["0x12"]}, f"sweep_addresses: {CHECKSUM}"),
+        ({"token": TREASURY}, "treasury: expected an address that is not the token's"),
+        ({"id": 31337}, "token: required for payments on chain 31337"),
+        ({"rpc_urls": Secret()}, f"rpc_urls: {TWO_NODES}"),
+        ({"rpc_urls": Secret("https://a.example")}, f"rpc_urls: {TWO_NODES}"),
+        ({"rpc_urls": Secret("https://a.example,https://a.example")}, f"rpc_urls: {TWO_NODES}"),
+        (
+            {"rpc_urls": Secret("http://a,http://b,http://a")},
+            "rpc_urls: expected every node once",
+        ),
+        ({"rpc_urls": Secret(), "development": True}, f"rpc_urls: {TWO_NODES}"),
+    ],
+)
+def test_what_would_lose_payments_is_refused(changed, wrong):
+    overrides = {f"chain.{key}": value for key, value in changed.items()}
+
+    assert problems(PAYMENTS | overrides) == (f"chain.{wrong}",)
