@@ -105,8 +105,7 @@ def read_hash(text: str) -> str:
 
     Before anything is stored or compared: else a hash in other letters would be another payment.
     """
-    # By ASCII alone: str.lower() turns the Kelvin sign into a k.
-    canonical = text.lower() if text.isascii() else ""
+    canonical = text.lower()
     if not _HASH.fullmatch(canonical):
         raise HashMalformed
     return canonical

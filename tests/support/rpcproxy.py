@@ -29,6 +29,8 @@ class RpcProxy:
         """Of method, parameters and the true result: the result that is told."""
         self.raw: tuple[int, bytes, dict[str, str]] | None = None
         """Status, body and headers in place of any answer."""
+        self.is_other_id = False
+        """The answers are those to other questions."""
         self.hang: threading.Event | None = None
         """Nothing is answered before it is set."""
         self.asked: list[str] = []
@@ -38,6 +40,7 @@ class RpcProxy:
 
     def honest(self) -> None:
         self.alter = self.raw = self.hang = None
+        self.is_other_id = False
 
     def answer(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         asked = msgspec.json.decode(body)
@@ -50,6 +53,8 @@ class RpcProxy:
         answer = told.json()
         if self.alter is not None and "result" in answer:
             answer = self._altered(asked, answer)
+        if self.is_other_id:
+            answer["id"] += 1
         return 200, msgspec.json.encode(answer), {"content-type": "application/json"}
 
     def _altered(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def both(first: Alter, second: Alter) -> Alter:
 
 @pytest.fixture
 def cursor(chain: Node) -> int:
-    """The block after the last one that is of no interest."""
+    """A block that was never searched; those that are searched again have nothing."""
+    chain.mine(100)
     return chain.height() + 1
 
 
@@ -122,10 +123,12 @@ async def test_ranges_follow_each_other_and_overlap(
             hashes += found.tx_hashes
             at = found.last + 1
         nothing = await quorum.scan(at, head)
+        ahead = await quorum.scan(at + 50, head)
 
     assert ranges == [(-1, 1), (1, 3), (3, 4)]
     assert list(dict.fromkeys(hashes)) == payments
     assert (nothing.last, nothing.tx_hashes, nothing.is_complete) == (head, (), True)
+    assert (ahead.last, ahead.tx_hashes, ahead.is_complete) == (at + 49, (), True)
 
 
 async def test_logs_that_were_not_asked_for_are_no_answer(

@@ -65,6 +65,7 @@ def test_a_receipt_is_read_in_lower_case_with_its_logs_in_order():
         raw_receipt(raw_log(7, blockNumber="0x65")),
         raw_receipt(raw_log(7, topics=[*TOPICS, *TOPICS])),
         raw_receipt(raw_log(7, topics=["0x12"])),
+        raw_receipt(raw_log(7, address=TOKEN + "\n")),
         raw_receipt(raw_log(7, removed=None)),
         raw_receipt(raw_log(7, data="0x123")),
         raw_receipt(raw_log(7, data="0x12\n")),
