@@ -123,9 +123,14 @@ class Identity(Table, frozen=True, kw_only=True):
 
 
 class Chain(Table, frozen=True, kw_only=True):
-    """The chain that contract wallets are asked on; without an RPC they cannot sign in."""
+    """The chain that contract wallets are asked on; without an RPC they cannot sign in.
+
+    Payments in the token (USDC) go to the treasury; without both, nobody can pay in.
+    """
 
     id: ChainId = 8453
+    token: str = ""
+    treasury: str = ""
     rpc_urls: Secret = Secret()
     timeout_s: Seconds = 3.0
 

@@ -12,6 +12,7 @@ import redis.asyncio
 
 from tests.conftest import TEMPLATE, database_url
 from tests.support.gateway import Gateway, make_settings, running_gateway
+from tests.support.payments import TOKEN, TREASURY
 from tests.support.people import Person, operating, signed_in
 from tests.support.upstream.launch import Upstream
 
@@ -32,7 +33,8 @@ async def gateway_of_module(
     await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     url = upstream_process.base_url
     # Half a second instead of four: a test waits until caches end.
-    settings = make_settings(url, keys__cache_ttl_ms=500)
+    treasury = {"chain__token": TOKEN, "chain__treasury": TREASURY}
+    settings = make_settings(url, keys__cache_ttl_ms=500, **treasury)
     book_url = database_url(template_url, name)
     async with running_gateway(book_url, valkey_url, url, settings) as gateway:
         yield gateway

@@ -254,7 +254,7 @@ async def test_what_is_held_back_is_nobodys_until_an_operator_says_whose(pool: P
 
 
 async def test_an_operator_gives_away_nothing_that_is_somebodys(pool: Pool) -> None:
-    account_id, wallet = await payer(pool)
+    _, wallet = await payer(pool)
     other, _ = await payer(pool)
     transfer = transfer_from(wallet)
     async with book.acquire(pool) as conn:
