@@ -317,7 +317,7 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     billing.IntentExpired: lambda _: ApiError(
         409,
         "intent_expired",
-        "This intent has expired. Make a new one, and submit there what you have sent, if anything.",
+        "This intent has expired. Make a new one, and submit there what you have sent.",
         headers=FINAL,
     ),
     billing.TransferUnknown: _not_found("There is no such transfer."),

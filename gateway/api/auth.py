@@ -134,8 +134,7 @@ def _ways_in(services: Services) -> list[HTTPRouteHandler]:
         wallet = await sign_in.link(_session(request), attempt, wallet_counter(services))
         await credit_waiting(services, wallet.address)
         answer = WalletAnswer(wallet=wallet.address, wallet_kind=wallet.kind)
-        cookie = _cookie(services, login_cookie(settings), "", 0)
-        return Response(answer, cookies=[cookie])
+        return Response(answer, cookies=[_cookie(services, login_cookie(settings), "", 0)])
 
     return [nonce, verify, link]
 

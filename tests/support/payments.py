@@ -6,9 +6,12 @@ from typing import Any
 from uuid import UUID
 
 from billing import book
+from billing.audit import audit
 from billing.book import Pool
 from billing.chain.transfer import Transfer
 from billing.payment_attempts import Terms, create_intent, submit
+from billing.payments import Settlement, credit_transfer, reverse_transfer
+from tests.support.books import check_book
 
 CHAIN = 8453
 TOKEN = "0x833589fcd6edb6e08f4c7c32d4f71b54bda02913"
@@ -91,3 +94,26 @@ async def status(pool: Pool, attempt_id: UUID) -> str:
 async def posted(pool: Pool, account_id: UUID) -> int:
     async with book.acquire(pool) as conn:
         return (await book.read_account(conn, account_id)).balance_nanos
+
+
+async def credit(pool: Pool, transfer: Transfer, **ruling: Any) -> Settlement:
+    async with book.acquire(pool) as conn:
+        return await credit_transfer(conn, transfer, **ruling)
+
+
+async def reverse(pool: Pool, transfer: Transfer) -> Settlement:
+    async with book.acquire(pool) as conn:
+        return await reverse_transfer(conn, key_of(transfer), "gone")
+
+
+async def state_of(pool: Pool, transfer: Transfer) -> str:
+    query = "SELECT state FROM chain_transfers WHERE tx_hash = $1 AND ordinal = $2"
+    return str(await pool.fetchval(query, transfer.tx_hash, transfer.ordinal))
+
+
+async def check(pool: Pool) -> None:
+    """The rules of the book hold, and the audit says so."""
+    await check_book(pool)
+    async with pool.acquire() as conn:
+        report = await audit(conn, None, at_rest=None)
+    assert report.is_clean, report

@@ -33,8 +33,9 @@ async def gateway_of_module(
     await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     url = upstream_process.base_url
     # Half a second instead of four: a test waits until caches end.
-    treasury = {"chain__token": TOKEN, "chain__treasury": TREASURY}
-    settings = make_settings(url, keys__cache_ttl_ms=500, **treasury)
+    settings = make_settings(
+        url, keys__cache_ttl_ms=500, chain__token=TOKEN, chain__treasury=TREASURY
+    )
     book_url = database_url(template_url, name)
     async with running_gateway(book_url, valkey_url, url, settings) as gateway:
         yield gateway
