@@ -51,8 +51,10 @@ class Suspense(StrEnum):
 
     UNKNOWN_SENDER = "unknown_sender"
     """Nobody proved the wallet that it came from."""
-    UNUSABLE_SENDER = "unusable_sender"
-    """Minted, or from an address of the operator's own."""
+    MINTED = "minted"
+    FROM_TREASURY = "from_treasury"
+    FROM_SWEEP = "from_sweep"
+    """From an address of the operator's own."""
     TOO_LARGE = "too_large"
     """It would lift the account above what the till counts exactly."""
     HELD_BACK = "held_back"

@@ -114,11 +114,16 @@ async def claim_suspense(conn: Connection, address: str) -> list[Settlement]:
 
 
 async def see_transfer(conn: Connection, transfer: Transfer) -> None:
-    """Note a transfer that is not final enough. One that stands elsewhere only gets its block."""
+    """Note a transfer that is not final enough. One that is there already only gets its block.
+
+    Raises TransferChanged as credit_transfer does.
+    """
     async with translated(), conn.transaction():
         await _lock(conn, transfer)
         row = await find_transfer(conn, transfer.chain_id, transfer.tx_hash, transfer.ordinal)
         if row is not None and row["state"] != "reversed":
+            if row["state"] == "credited":
+                _check_same(row, transfer)
             await move_transfer(conn, transfer)
             return
         generation = 0 if row is None else row["generation"]
@@ -239,8 +244,7 @@ WHERE chain_id = $1 AND tx_hash = $2 AND ordinal = $3 AND payment_attempt_id IS 
 
 async def _known(conn: Connection, transfer: Transfer, row: Any) -> Settlement:
     """It was credited before. Its block, and an attempt that named it since, may be new."""
-    if (row["sender"], row["units"]) != (transfer.sender, transfer.units):
-        raise TransferChanged
+    _check_same(row, transfer)
     account_id = row["billing_account_id"]
     await move_transfer(conn, transfer)
     if row["payment_attempt_id"] is None:
@@ -259,6 +263,11 @@ def _attempt_before(row: Any, owner: UUID | None) -> UUID | None:
     attempt_id = row["payment_attempt_id"]
     assert attempt_id is None or isinstance(attempt_id, UUID)
     return attempt_id
+
+
+def _check_same(row: Any, transfer: Transfer) -> None:
+    if (row["sender"], row["units"]) != (transfer.sender, transfer.units):
+        raise TransferChanged
 
 
 # By lower(): wallets are kept as they were signed.

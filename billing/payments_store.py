@@ -11,7 +11,6 @@ import msgspec
 from billing.book import Connection, translated
 from billing.chain.transfer import Transfer, transfer_nanos
 from billing.payment_states import Code, Status, TransferState
-from config.ids import new_id
 
 # Everything that changes a transfer holds its lock, and then the sender's: a wallet that is proved
 # meanwhile either is seen, or sees the transfer in suspense. Then come account and attempts.
@@ -119,10 +118,10 @@ def transfer_of(row: Any) -> Transfer:
 
 INSERT_TRANSFER_EVENT = """
 INSERT INTO payment_events (
-    id, event, billing_account_id, payment_attempt_id, chain_id, tx_hash, ordinal,
+    event, billing_account_id, payment_attempt_id, chain_id, tx_hash, ordinal,
     from_status, to_status, metadata
 )
-VALUES ($1, 'TRANSFER_CHANGED', $2, $3, $4, $5, $6, $7, $8, $9::jsonb)
+VALUES ('TRANSFER_CHANGED', $1, $2, $3, $4, $5, $6, $7, $8::jsonb)
 """
 
 
@@ -134,16 +133,16 @@ async def note_transfer(
         metadata["suspense_reason"] = place.suspense_reason
     key = (transfer.chain_id, transfer.tx_hash, transfer.ordinal)
     about = msgspec.json.encode(metadata).decode()
-    ids = (new_id(), place.account_id, place.attempt_id)
+    ids = (place.account_id, place.attempt_id)
     await conn.execute(INSERT_TRANSFER_EVENT, *ids, *key, before, place.state.value, about)
 
 
 INSERT_ATTEMPT_EVENT = """
 INSERT INTO payment_events (
-    id, event, billing_account_id, payment_attempt_id, tx_hash, from_status, to_status,
-    error_code, metadata
+    event, billing_account_id, payment_attempt_id, tx_hash, from_status, to_status, error_code,
+    metadata
 )
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::jsonb)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::jsonb)
 """
 
 
@@ -163,7 +162,6 @@ async def note_attempt(conn: Connection, event: AttemptEvent, **metadata: Any) -
     """Append what happened to an attempt."""
     await conn.execute(
         INSERT_ATTEMPT_EVENT,
-        new_id(),
         event.event,
         event.account_id,
         event.attempt_id,

@@ -9,6 +9,7 @@ import logging
 from billing import book
 from billing.errors import BillingError
 from billing.payments import Settlement, claim_suspense
+from billing.payments_tell import tell_settlement
 from config.ids import id_text
 from gateway.services import Services
 
@@ -40,7 +41,7 @@ async def tell_till(services: Services, settlement: Settlement) -> None:
     }
     log.info("payment.settled", extra=facts)
     try:
-        await services.till.seed_from_book(account.account_id)
+        await tell_settlement(services.till, settlement)
     except BillingError as exc:
         # It asks the book before it refuses anybody for want of credit.
         log.warning("account.till_untold", extra={**facts, "error": repr(exc)})

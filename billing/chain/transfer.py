@@ -6,6 +6,8 @@ import msgspec
 
 # USDC has 6 decimals, a nano is 1e-9 USD.
 NANOS_PER_UNIT = 1000
+# What the book's bigint can count: nine thousand million dollars.
+UNITS_MAX = (2**63 - 1) // NANOS_PER_UNIT
 
 
 class Transfer(msgspec.Struct, frozen=True, kw_only=True):

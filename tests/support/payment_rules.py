@@ -40,7 +40,7 @@ def transfer(**fields: str) -> str:
 
 
 def event(**fields: str) -> str:
-    values = {"id": OTHER, "event": "'TX_SUBMITTED'", "billing_account_id": OWNER}
+    values = {"event": "'TX_SUBMITTED'", "billing_account_id": OWNER}
     attempt = "(SELECT id FROM payment_attempts LIMIT 1)"
     return _insert("payment_events", {**values, "payment_attempt_id": attempt, **fields})
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from billing import book
 from billing.payment_attempts import end_attempt, expire_attempts
 from billing.payment_states import Code
-from billing.payments import credit_transfer
+from billing.payments import credit_transfer, reverse_transfer
 from config.ids import id_text, read_id
 from gateway.suspense import credit_waiting, tell_till
 from tests.support.gateway import Gateway
@@ -23,6 +23,7 @@ from tests.support.payments import (
     INSERT_WALLET,
     TOKEN,
     TREASURY,
+    key_of,
     new_address,
     new_hash,
     transfer_from,
@@ -271,6 +272,33 @@ async def test_a_wallet_that_is_linked_gets_what_waited_for_it(
     await credit_waiting(gateway.services, wallet)
 
     assert (await eve.get("/credits"))["data"]["available"]["usd"] == "5"
+
+
+async def test_an_account_that_spent_what_the_chain_lost_is_refused_until_it_is_back(
+    gateway: Gateway, eve: Person
+) -> None:
+    transfer = transfer_from(await wallet_of(gateway, eve))
+    attempt_id = await new_attempt(eve)
+    await submit(eve, attempt_id, transfer.tx_hash)
+    key = await gateway.key(eve.account_id)
+
+    async def settle(call: Any) -> int:
+        async with book.acquire(gateway.pool) as conn:
+            await tell_till(gateway.services, await call(conn))
+        body = {"model": "plain", "messages": [{"role": "user", "content": "hello"}]}
+        async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as client:
+            answer = await client.post(gateway.base_url + "/chat/completions", json=body)
+        await gateway.at_rest()
+        return answer.status_code
+
+    assert await settle(lambda conn: credit_transfer(conn, transfer)) == 200
+    lost = await settle(lambda conn: reverse_transfer(conn, key_of(transfer), "reorg"))
+    assert lost == 403
+    shown = await eve.get(f"/payments/attempts/{attempt_id}")
+    assert (shown["status"], shown["credited"]["usd"]) == ("PENDING_VERIFICATION", "0")
+
+    assert await settle(lambda conn: credit_transfer(conn, transfer)) == 200
+    assert (await eve.get(f"/payments/attempts/{attempt_id}"))["status"] == "CONFIRMED"
 
 
 async def test_an_operator_sees_what_waits_and_says_whose_it_is(

@@ -252,6 +252,9 @@ async def test_a_credit_is_not_changed_under_its_key(pool: Pool) -> None:
 
     with pytest.raises(TransferChanged):
         await credit(pool, changed)
+    async with book.acquire(pool) as conn:
+        with pytest.raises(TransferChanged):
+            await see_transfer(conn, changed)
     await reverse(pool, transfer)
     await credit(pool, changed)
 

@@ -78,7 +78,7 @@ async def test_a_wallet_that_is_proved_at_the_same_moment_loses_nothing(pool: Po
 async def test_what_is_held_back_is_nobodys_until_an_operator_says_whose(pool: Pool) -> None:
     account_id, wallet = await payer(pool)
     transfer = transfer_from(wallet)
-    settled = await credit(pool, transfer, hold_back=Suspense.UNUSABLE_SENDER)
+    settled = await credit(pool, transfer, hold_back=Suspense.FROM_SWEEP)
     assert settled.outcome == "suspense"
     async with book.acquire(pool) as conn:
         assert await claim_suspense(conn, wallet) == []
