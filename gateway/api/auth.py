@@ -118,8 +118,7 @@ def _ways_in(services: Services) -> list[HTTPRouteHandler]:
             _cookie(services, session_cookie(settings), secret, lasts_s),
             _cookie(services, login_cookie(settings), "", 0),
         ]
-        answer = await _shown(services, session)
-        return Response(answer, cookies=cookies)
+        return Response(await _shown(services, session), cookies=cookies)
 
     @post(
         "/api/v1/auth/link",

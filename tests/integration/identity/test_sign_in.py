@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from gateway.api import login_limits
-from gateway.client_address import read_networks
 from billing import book
 from billing.payments import credit_transfer
+from gateway.api import login_limits
+from gateway.client_address import read_networks
 from gateway.supervise import Tasks
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
 from tests.support.payments import transfer_from
