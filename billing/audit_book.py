@@ -1,4 +1,4 @@
-"""The book's side of the audit: L1 to L4, L7 and L8 inside one snapshot of the database.
+"""The book's side of the audit: L1 to L5, L7 and L8 inside one snapshot of the database.
 
 Only rows that are wrong leave Postgres, except receipts: these are streamed and priced again.
 Failure: what asyncpg raises; the caller translates it.
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from billing.audit_budgets import check_spends
+from billing.audit_deposits import check_deposits
 from billing.audit_price import ReceiptAudit
 from billing.audit_report import Check, Draft, Invariant
 from billing.book import Connection
@@ -32,7 +33,7 @@ async def check_book(conn: Connection, draft: Draft) -> None:
     await _check_adjustments(conn, draft[Invariant.CHARGES])
     await check_spends(conn, draft[Invariant.CHARGES])
     await _check_references(conn, draft[Invariant.CHARGES])
-    await _check_deposits(conn, draft[Invariant.DEPOSITS])
+    await check_deposits(conn, draft)
     await _check_receipts(conn, draft)
     await _check_revoked(conn, draft[Invariant.KEYS])
     await _check_plaintext(conn, draft[Invariant.KEYS])
@@ -206,24 +207,6 @@ async def _check_adjustments(conn: Connection, check: Check) -> None:
             check.add("paid after the adjustment", f"0 to {hold}", paid, **ids)
         else:
             check.add("who was adjusted", "account and keys of the receipt", "others", **ids)
-
-
-# The chain's transfers are not in this schema yet, so no deposit can have one.
-SELECT_DEPOSITS = """
-SELECT billing_account_id, seq, reason, reference, amount_nanos
-FROM credit_ledger
-WHERE reason IN ('deposit', 'reversal')
-"""
-
-
-async def _check_deposits(conn: Connection, check: Check) -> None:
-    async for row in _rows(conn, SELECT_DEPOSITS):
-        ids = {"billing_account_id": row["billing_account_id"], "reference": row["reference"]}
-        check.checked += 1
-        what = f"{row['reason']} without a transfer"
-        check.add(what, "a transfer", row["amount_nanos"], **ids, seq=row["seq"])
-    if not check.checked:
-        check.not_checked = "this release takes no deposits"
 
 
 COUNT_RECEIPTS = "SELECT count(*) FROM charge_receipts"

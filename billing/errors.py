@@ -143,3 +143,31 @@ class IdempotencyCompleted(Refusal):
 
 class ReceiptsPending(BillingError):
     """Too many settled receipts wait for Postgres; no new request is admitted until they are in."""
+
+
+class PaymentNotFound(Refusal):
+    """No such payment attempt."""
+
+
+class HashTaken(Refusal):
+    """That transaction was submitted for another attempt."""
+
+
+class AttemptClosed(Refusal):
+    """This attempt has another transaction, or has ended."""
+
+
+class IntentExpired(Refusal):
+    """Nothing was submitted for this attempt before it expired."""
+
+
+class TransferUnknown(BillingError):
+    """No such transfer."""
+
+
+class TransferNotInSuspense(Refusal):
+    """The transfer does not wait for an owner, or has one."""
+
+
+class TransferChanged(BillingError):
+    """The chain has another sender or amount where a transfer was credited."""

@@ -20,7 +20,10 @@ MIGHTY = (
     "pg_write_server_files",
     "pg_write_all_data",
 )
-APPEND_ONLY = ("charge_receipts", "credit_ledger", "model_prices")
+APPEND_ONLY = (
+    *("charge_receipts", "credit_ledger", "model_prices"),
+    *("payment_events", "payment_intents"),
+)
 
 
 def worker_url(settings: Book) -> str:

@@ -10,6 +10,7 @@ from gateway.cli import (
     grants,
     keys,
     operators,
+    payments,
     receipts,
     serve,
     settings,
@@ -40,6 +41,7 @@ for each in upstream.COMMANDS:
     keys.keys.add_command(each)
 main.add_command(grants.grants)
 main.add_command(operators.operators)
+main.add_command(payments.payments)
 main.add_command(receipts.receipts)
 main.add_command(audit.audit)
 main.add_command(till.till)

@@ -16,6 +16,8 @@ from gateway.api import (
     keys,
     operator_accounts,
     operator_keys,
+    operator_payments,
+    payments,
     upstream_credentials,
 )
 from gateway.api.body import BODY_BYTES_MAX
@@ -30,7 +32,17 @@ from keys.errors import KeysError
 
 __all__ = ["build_app"]
 
-RESOURCES = (auth, keys, upstream_credentials, grants, account, operator_accounts, operator_keys)
+RESOURCES = (
+    auth,
+    keys,
+    upstream_credentials,
+    grants,
+    account,
+    payments,
+    operator_accounts,
+    operator_keys,
+    operator_payments,
+)
 
 
 def build_app(services: Services) -> ASGIApp:

@@ -300,6 +300,29 @@ _ROWS: dict[type[Exception], Callable[[Any], ApiError]] = {
     billing.AccountUnknown: _not_found("There is no such account."),
     billing.CreditTooLarge: _conflict(str(billing.CreditTooLarge())),
     billing.ReferenceConflict: _conflict(str(billing.ReferenceConflict())),
+    billing.PaymentNotFound: _not_found("There is no such payment attempt."),
+    billing.HashTaken: lambda _: ApiError(
+        409,
+        "tx_hash_taken",
+        "This transaction was submitted for another attempt. Whoever submitted it: what it pays is "
+        "credited to the account that proved the wallet it came from.",
+        headers=FINAL,
+    ),
+    billing.AttemptClosed: lambda _: ApiError(
+        409,
+        "attempt_closed",
+        "This attempt has another transaction, or has ended. Make a new intent.",
+        headers=FINAL,
+    ),
+    billing.IntentExpired: lambda _: ApiError(
+        409,
+        "intent_expired",
+        "This intent has expired. Make a new one, and submit there what you have sent.",
+        headers=FINAL,
+    ),
+    billing.TransferUnknown: _not_found("There is no such transfer."),
+    billing.TransferNotInSuspense: _conflict(str(billing.TransferNotInSuspense())),
+    billing.TransferChanged: _conflict(str(billing.TransferChanged())),
 }
 
 

@@ -1,8 +1,8 @@
 """`farebox work`: what has to be done besides serving, by one process at a time.
 
-It ends the holds of dead workers, posts receipts that nobody posted, and looks whether ledger and
-till agree. Several may run; the one that holds an advisory lock works, the others stand by. It
-never serves a request.
+It ends the holds of dead workers, posts receipts that nobody posted, looks whether ledger and till
+agree, and ends intents to pay that expired. Several may run; the one that holds an advisory lock
+works, the others stand by. It never serves a request.
 Failure: a round that fails is logged and done again; while a store is away nothing is lost.
 """
 
@@ -20,6 +20,7 @@ from billing.errors import BillingError
 from billing.figures import Figures, publish, till_now_ms
 from billing.fleet import PoolBook, forget_workers, is_leader
 from billing.idempotency import purge_idempotent_requests
+from billing.payment_attempts import GRACE, expire_attempts
 from billing.roles import worker_url
 from billing.spool_replay import replay_spool
 from billing.sweep import Sweeper
@@ -35,7 +36,8 @@ log = logging.getLogger("gateway.work")
 TILL_CALL_S, TILL_STALL_S = 2.0, 5.0
 CALLS_PENDING_MAX = 10_000
 POOL_SIZE = 2
-HOUR_S = 3600.0
+MINUTE_S, HOUR_S = 60.0, 3600.0
+ATTEMPTS_AT_ONCE = 500
 # So many looks may fail before their last figures are not shown any more.
 FIGURES_LAST_LOOKS = 5
 
@@ -136,6 +138,10 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
             await forget_workers(conn)
             return +Counter(idempotency_keys=await purge_idempotent_requests(conn))
 
+    async def expire() -> Counter[str]:
+        async with book.acquire(pool) as conn:
+            return +Counter(attempts=await expire_attempts(conn, GRACE, ATTEMPTS_AT_ONCE))
+
     try:
         yield [
             # Before the sweep: what a dead worker knew is better than what a sweeper guesses.
@@ -143,6 +149,7 @@ async def _jobs(settings: Settings) -> AsyncIterator[list[Job]]:
             Job("sweep", work.every_s, sweep),
             Job("audit", work.audit_every_s, looks.look),
             Job("forget", HOUR_S, forget),
+            Job("payments.expire", MINUTE_S, expire),
         ]
     finally:
         await link.close()

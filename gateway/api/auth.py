@@ -26,6 +26,7 @@ from gateway.origins import (
 from gateway.services import Services
 from gateway.sign_in import Attempt
 from gateway.single_headers import by_name
+from gateway.suspense import credit_waiting
 from keys.errors import LoginRefused, SessionInvalid
 from keys.identity_store import list_wallets
 from keys.session import NONCE_TTL_S, Session, is_session_id, sealed
@@ -110,14 +111,14 @@ def _ways_in(services: Services) -> list[HTTPRouteHandler]:
         """Sign in with a signed message; any session that the browser had ends."""
         attempt = await _attempt(services, request, data)
         secret, session = await sign_in.sign_in(attempt, wallet_counter(services))
+        await credit_waiting(services, session.wallet)
         await _end_session(services, _headers(request))
         lasts_s = session.expires_at - session.created_at
         cookies = [
             _cookie(services, session_cookie(settings), secret, lasts_s),
             _cookie(services, login_cookie(settings), "", 0),
         ]
-        answer = await _shown(services, session)
-        return Response(answer, cookies=cookies)
+        return Response(await _shown(services, session), cookies=cookies)
 
     @post(
         "/api/v1/auth/link",
@@ -130,9 +131,9 @@ def _ways_in(services: Services) -> list[HTTPRouteHandler]:
         """Link one more wallet to who is signed in. A wallet belongs to one user."""
         attempt = await _attempt(services, request, data)
         wallet = await sign_in.link(_session(request), attempt, wallet_counter(services))
+        await credit_waiting(services, wallet.address)
         answer = WalletAnswer(wallet=wallet.address, wallet_kind=wallet.kind)
-        cookie = _cookie(services, login_cookie(settings), "", 0)
-        return Response(answer, cookies=[cookie])
+        return Response(answer, cookies=[_cookie(services, login_cookie(settings), "", 0)])
 
     return [nonce, verify, link]
 

@@ -22,6 +22,7 @@ PREFIXES = {
     "grant_id": "grant_",
     "virtual_key_id": "vkey_",
     "operator_key_id": "opkey_",
+    "payment_attempt_id": "pay_",
 }
 
 

@@ -34,6 +34,15 @@ BODIES: dict[str, Any] = {
     "POST /api/v1/keys/{key_id}/rotate": {"overlap_s": 0},
     "PUT /api/v1/keys/{key_id}/upstream-credentials/{provider}": {"key": "own-stolen-1"},
     "POST /api/v1/grants": {"budget": {"credits": "1"}, "expires_at": IN_AN_HOUR},
+    "POST /api/v1/payments/intents": {"amount_usd_cents": 500},
+    "POST /api/v1/payments/attempts/{attempt_id}/submit": {"tx_hash": "0x" + "ab" * 32},
+    "POST /api/v1/operator/payments/claim": {
+        "chain_id": 8453,
+        "tx_hash": "0x" + "ab" * 32,
+        "ordinal": 0,
+        "account_id": "acct_" + "0" * 26,
+        "note": "walked",
+    },
     "POST /api/v1/operator/accounts": {"label": "walked"},
     "POST /api/v1/operator/accounts/{account_id}/freeze": {"reason": "walked"},
     "POST /api/v1/operator/accounts/{account_id}/thaw": {"reason": "walked"},
@@ -48,11 +57,16 @@ ELSEWHERE = """
 [providers.elsewhere]
 kind = "openai"
 base_url = "http://127.0.0.1:9/v1"
+
+[chain]
+token = "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913"
+treasury = "0x8ba1f109551bD432803012645Ac136ddd64DBA72"
+development = true
 """
 # Sessions end by these: the walk would lose its own.
 ENDS_SESSIONS = {"POST /api/v1/auth/logout", "POST /api/v1/auth/logout-all"}
 SAFE = ("GET", "HEAD", "OPTIONS")
-ID = re.compile(r"\b(?:key|grant|acct)_[0-9a-z]{26}\b")
+ID = re.compile(r"\b(?:key|grant|acct|pay)_[0-9a-z]{26}\b")
 
 
 class Route(Struct, frozen=True):
@@ -96,7 +110,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("walk")
     config = folder / "farebox.toml"
     config.write_text(DEMO_CONFIG.read_text() + ELSEWHERE)
-    with running_demo(folder, "--workers", "2", "--config", str(config)) as demo:
+    node = {"FAREBOX_CHAIN__RPC_URLS": "http://127.0.0.1:9"}
+    with running_demo(folder, "--workers", "2", "--config", str(config), **node) as demo:
         yield demo
 
 
@@ -124,7 +139,9 @@ async def furnished(demo: Running, alice: Visitor, mallory: Visitor) -> House:
     assert (await alice.client.delete(f"/api/v1/keys/{revoked['id']}")).status_code == 200
     theirs = await made(mallory, "/api/v1/keys", {"name": "theirs"})
     await ended(alice, expired["key"])
+    intent = await made(alice, "/api/v1/payments/intents", {"amount_usd_cents": 500})
     ids = {"key_id": key["id"], "grant_id": grant["id"], "account_id": account_id}
+    ids["attempt_id"] = intent["attempt_id"]
     return House(
         demo=demo,
         routes=routes_of(document),
@@ -228,7 +245,7 @@ async def test_a_session_changes_nothing_from_a_foreign_page(house: House) -> No
 
 async def belongings(visitor: Visitor) -> list[Any]:
     """Everything that somebody can see of their own."""
-    paths = ("keys", "grants", "credits", "auth/session")
+    paths = ("keys", "grants", "credits", "auth/session", "payments/attempts")
     answers = [await visitor.client.get(f"/api/v1/{path}") for path in paths]
     assert [answer.status_code for answer in answers] == [200] * len(paths)
     return [answer.json() for answer in answers]
@@ -248,11 +265,11 @@ async def test_nothing_of_another_tenant_can_be_read_or_changed(house: House) ->
         for answer in (by_session, by_key):
             assert not hers & set(ID.findall(answer.text)), route.name
             assert "own-of-alice" not in answer.text
-        if {"{key_id}", "{grant_id}"} & set(re.findall(r"\{\w+\}", route.path)):
+        if {"{key_id}", "{grant_id}", "{attempt_id}"} & set(re.findall(r"\{\w+\}", route.path)):
             tried += 1
             assert by_session.status_code == 404, f"{route.name}: {by_session.text}"
     # Cursors are no way around it.
-    for path in ("keys", "grants"):
+    for path in ("keys", "grants", "payments/attempts"):
         for cursor in hers:
             answer = await house.mallory.client.get(f"/api/v1/{path}", params={"cursor": cursor})
             assert not hers & set(ID.findall(answer.text)), answer.text

@@ -8,6 +8,7 @@ import pytest
 
 from billing.audit import Invariant, Report, audit
 from tests.support.audit_corruptions import BOOK, PLAIN_KEY
+from tests.support.audit_deposits import DEPOSITS
 from tests.support.audit_world import (
     LOOSE,
     SOUND,
@@ -43,10 +44,11 @@ async def test_a_sound_book_raises_no_alarm(world: World, template: str) -> None
     assert report.is_clean, explain(report)
     checked = {check.invariant: check.checked for check in report.checks}
     assert checked[Invariant.PRICE] == checked[Invariant.CHARGES] == 30 + 3
-    # Grants, charges, what the sweeper charged, and what was adjusted afterwards.
-    assert checked[Invariant.LEDGER] == 4 + 3 + 3 * 7 + 2 + 2
+    # Grants, charges, what the sweeper charged, what was adjusted afterwards, what was paid in.
+    assert checked[Invariant.LEDGER] == 4 + 3 + 3 * 7 + 2 + 2 + 6
+    assert checked[Invariant.DEPOSITS] == 4
     skipped = {check.invariant for check in report.checks if check.not_checked}
-    assert skipped == {Invariant.DEPOSITS, Invariant.TILL}
+    assert skipped == {Invariant.TILL}
 
 
 async def test_the_exceptions_of_price_covers_cost_are_summed(world: World) -> None:
@@ -63,9 +65,12 @@ async def test_the_exceptions_of_price_covers_cost_are_summed(world: World) -> N
     assert sums["free: served without a price"] == (3, None)
 
 
-@pytest.mark.parametrize("name", BOOK)
+CORRUPTIONS = {**BOOK, **DEPOSITS}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
 async def test_a_corrupt_book_is_found(world: World, name: str) -> None:
-    invariant, what, corruption = BOOK[name]
+    invariant, what, corruption = CORRUPTIONS[name]
     async with world.copy(LOOSE) as url:
         await command(url, "SET session_replication_role = replica;" + corruption)
 

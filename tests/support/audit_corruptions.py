@@ -56,7 +56,6 @@ def many_receipts(change: str) -> str:
         WHERE outcome = (SELECT outcome FROM more) AND price_nanos = 0"""
 
 
-L5 = Invariant.DEPOSITS
 L1, L2, L3, L4 = Invariant.LEDGER, Invariant.CHARGES, Invariant.MARGIN, Invariant.PRICE
 L6, L7, L8 = Invariant.TILL, Invariant.AGES, Invariant.KEYS
 
@@ -261,11 +260,6 @@ BOOK = {
         L2,
         "who was adjusted",
         ADJUSTED.format("app_key_id = gen_random_uuid()"),
-    ),
-    "a deposit that no transfer stands for": (
-        L5,
-        "deposit without a transfer",
-        append("5", "deposit", "'0xabc'"),
     ),
     "a cost above the price": (
         L3,

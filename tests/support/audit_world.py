@@ -17,6 +17,8 @@ from redis.asyncio import Redis
 from billing import book, till_scan
 from billing.audit import Invariant, Report
 from billing.fleet import PoolBook
+from billing.payment_attempts import Terms, create_intent
+from billing.payments import credit_transfer, reverse_transfer
 from billing.prices import Rates, charge_for
 from billing.prices_store import load_prices, sync_config_prices
 from billing.receipts import ChargeReceipt, Outcome, Provenance, encode_receipt
@@ -31,6 +33,15 @@ from config.ids import id_text, new_id
 from keys.keys_store import revoke_any_key
 from keys.store import KeyTerms, create_key
 from migrations.runner import migrate
+from tests.support.payments import (
+    CHAIN,
+    INSERT_WALLET,
+    TOKEN,
+    TREASURY,
+    key_of,
+    new_address,
+    transfer_from,
+)
 
 SOUND, LOOSE = "audit_sound", "audit_loose"
 REST_DB, OPEN_DB, COPY_DB, TRAFFIC_DB = 1, 2, 3, 4
@@ -204,6 +215,21 @@ def receipts_of(customer: Customer) -> list[ChargeReceipt]:
     ]
 
 
+async def pay_in(conn: asyncpg.Connection) -> None:
+    """Somebody pays twice; one payment was lost by the chain for a while. A stranger pays, too."""
+    account_id = await book.create_account(conn, "payer")
+    sender = new_address()
+    await conn.execute(INSERT_WALLET, account_id, sender)
+    terms = Terms(chain_id=CHAIN, token=TOKEN, treasury=TREASURY, amount_usd_cents=500)
+    await create_intent(conn, account_id, terms)
+    lost, kept, gone = transfer_from(sender), transfer_from(sender, 7), transfer_from(sender, 9)
+    for transfer in (lost, kept, gone, transfer_from(new_address())):
+        await credit_transfer(conn, transfer)
+    for transfer in (lost, gone):
+        await reverse_transfer(conn, key_of(transfer), "reorg")
+    await credit_transfer(conn, lost)
+
+
 async def serve_all(desk: Desk, customer: Customer) -> None:
     await asyncio.gather(*(desk.serve(customer, receipt) for receipt in receipts_of(customer)))
 
@@ -313,6 +339,7 @@ async def build(postgres_url: str, valkey_url: str) -> World:
             )
             await till_scan.tell_account(till_url, state, 1)
     await revoke_any_key(conn, customers[2].app_key_id)
+    await pay_in(conn)
     await conn.close()
     first = customers[0]
     # However slow this run is, the entry that waits in the outbox must not grow old.

@@ -38,6 +38,7 @@ DOORS = {
     "aiohappyeyeballs": ("gateway/providers/http_pool.py",),
     "asyncpg": (
         "billing/book.py",
+        "billing/payment_attempts.py",
         "billing/prices_store.py",
         "keys/*store.py",
         "migrations/runner.py",

@@ -11,10 +11,20 @@ import asyncpg
 import msgspec
 
 from billing import book
+from billing.payment_attempts import Terms, create_intent, submit
+from billing.payments import credit_transfer
 from billing.posting import post_receipts
 from billing.roles import REQUEST, WORKER
 from config.ids import new_id
 from tests.support.books import Account, make_account, open_pool
+from tests.support.payments import (
+    CHAIN,
+    INSERT_WALLET,
+    TOKEN,
+    TREASURY,
+    new_address,
+    transfer_from,
+)
 
 PASSWORD = "of-the-tests"
 # Each with what it is member of, and what else it may.
@@ -44,6 +54,10 @@ TENANT_TABLES = (
     "scope_spend",
     "idempotent_requests",
     "upstream_credentials",
+    "payment_intents",
+    "payment_attempts",
+    "payment_events",
+    "chain_transfers",
 )
 
 
@@ -88,6 +102,7 @@ async def _add_rows(pool: asyncpg.Pool, account: Account, number: int) -> None:
             bytes([number]) * 32,
             new_id(),
         )
+        await add_payment(conn, account.id)
         await conn.execute(
             "INSERT INTO upstream_credentials"
             " (virtual_key_id, billing_account_id, provider, sealed) VALUES ($1, $2, $3, $4)",
@@ -95,6 +110,17 @@ async def _add_rows(pool: asyncpg.Pool, account: Account, number: int) -> None:
             f"provider {number}",
             b"s" * 40,
         )
+
+
+async def add_payment(conn: book.Connection, account_id: UUID) -> None:
+    """An attempt with a transfer that was credited for it, and what happened to both."""
+    terms = Terms(chain_id=CHAIN, token=TOKEN, treasury=TREASURY, amount_usd_cents=500)
+    attempt_id = await create_intent(conn, account_id, terms)
+    sender = new_address()
+    await conn.execute(INSERT_WALLET, account_id, sender)
+    transfer = transfer_from(sender)
+    await submit(conn, account_id, attempt_id, transfer.tx_hash)
+    await credit_transfer(conn, transfer)
 
 
 async def make_logins(admin_url: str) -> None:

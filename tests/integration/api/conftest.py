@@ -9,9 +9,12 @@ import asyncpg
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from eth_utils.address import to_checksum_address
 
+from config.secret import Secret
 from tests.conftest import TEMPLATE, database_url
 from tests.support.gateway import Gateway, make_settings, running_gateway
+from tests.support.payments import TREASURY
 from tests.support.people import Person, operating, signed_in
 from tests.support.upstream.launch import Upstream
 
@@ -32,7 +35,13 @@ async def gateway_of_module(
     await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     url = upstream_process.base_url
     # Half a second instead of four: a test waits until caches end.
-    settings = make_settings(url, keys__cache_ttl_ms=500)
+    settings = make_settings(
+        url,
+        keys__cache_ttl_ms=500,
+        chain__treasury=to_checksum_address(TREASURY),
+        chain__rpc_urls=Secret("http://127.0.0.1:9"),
+        chain__development=True,
+    )
     book_url = database_url(template_url, name)
     async with running_gateway(book_url, valkey_url, url, settings) as gateway:
         yield gateway

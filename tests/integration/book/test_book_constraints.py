@@ -11,6 +11,9 @@ from billing.book import Pool
 from billing.posting import post_receipts
 from billing.receipts import ChargeReceipt
 from tests.support.books import Account, make_account, open_pool
+from tests.support.payment_rules import PAYMENTS, REPEATED_BY_PAYMENTS
+from tests.support.payments import intent
+from tests.support.walls import add_payment
 
 MAX = 2**53 - 1
 # What is wrong, and the statement; $1 is the account, $2 its virtual key, $3 its app key.
@@ -231,6 +234,7 @@ STATEMENTS = {
         billing_account_id="(SELECT id FROM billing_accounts WHERE id <> $1 LIMIT 1)"
     ),
     "a second system tenant": "UPDATE billing_accounts SET is_system_tenant = true",
+    **PAYMENTS,
 }
 
 
@@ -243,11 +247,13 @@ async def pool(book_url: str) -> AsyncIterator[Pool]:
 async def prepared(pool: Pool) -> Account:
     """Two accounts; the first has a receipt, a ledger and a price."""
     account = await make_account(pool, 0)
-    await make_account(pool, 0)
+    other = await make_account(pool, 0)
     async with book.acquire(pool) as conn:
         await book.grant(conn, account.id, 1000, "first", "")
         await post_receipts(conn, [account.receipt(0)])
         await conn.execute(price())
+        await add_payment(conn, other.id)
+        await intent(pool, other.id)
     return account
 
 
@@ -353,6 +359,7 @@ REPEATED = {
     "virtual_keys_id_billing_account_id_key",
     "credit_ledger_billing_account_id_seq_balance_after_nanos_key",
     "charge_receipts_billing_account_id_fkey",
+    *REPEATED_BY_PAYMENTS,
 }
 
 

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from billing import book
+from billing.payments import credit_transfer
 from gateway.api import login_limits
 from gateway.client_address import read_networks
 from gateway.supervise import Tasks
 from tests.support.gateway import Gateway, eventually, make_settings, running_gateway
+from tests.support.payments import transfer_from
 from tests.support.siwe_cases import PARTS, SIGNATURES, TEXTS
 from tests.support.upstream.launch import Upstream
 from tests.support.wallets import KeyWallet, Visitor, visiting, write_message
@@ -128,6 +131,29 @@ async def test_fifty_first_sign_ins_at_once_make_one_user(gateway: Gateway) -> N
 
     assert len(set(await asyncio.gather(*(one() for _ in range(50))))) == 1
     assert await counts(gateway) == {1}
+
+
+async def test_what_waited_for_a_wallet_is_credited_when_it_is_proved(
+    gateway: Gateway, visitor: Visitor
+) -> None:
+    first, second = KeyWallet(), KeyWallet()
+    async with book.acquire(gateway.pool) as conn:
+        for wallet in (first, second):
+            settled = await credit_transfer(conn, transfer_from(wallet.address.lower()))
+            assert settled.outcome == "suspense"
+
+    await visitor.sign_in(first)
+    assert await gateway.pool.fetchval(BALANCES) == 5_000_000_000
+    await visitor.sign_in(second, "link")
+    assert await gateway.pool.fetchval(BALANCES) == 10_000_000_000
+    await visitor.sign_in(second)
+
+    assert await gateway.pool.fetchval(BALANCES) == 10_000_000_000
+    credits = (await visitor.client.get("/api/v1/credits")).json()["data"]
+    assert credits["available"]["usd"] == "10"
+
+
+BALANCES = "SELECT sum(balance_nanos)::bigint FROM billing_accounts"
 
 
 async def test_a_second_wallet_is_linked_and_a_taken_one_is_not(

@@ -32,6 +32,17 @@ ACCOUNT_COLUMNS = frozenset(
 )
 BUDGET_COLUMNS = frozenset({"UPDATE budget_nanos", "UPDATE budget_window"})
 SEALED_COLUMNS = frozenset({"UPDATE sealed", "UPDATE created_at"})
+ATTEMPT_COLUMNS = frozenset(
+    f"UPDATE {column}" for column in ("status", "error_code", "tx_hash", "submitted_at", "ended_at")
+)
+TRANSFER_COLUMNS = frozenset(
+    f"UPDATE {column}"
+    for column in (
+        *("sender", "units", "nanos", "block_number", "block_hash", "block_time", "state"),
+        *("suspense_reason", "billing_account_id", "payment_attempt_id", "generation"),
+        "changed_at",
+    )
+)
 EXPECTED = {
     WORKER: {
         "users": ADD,
@@ -49,6 +60,11 @@ EXPECTED = {
         "workers": KEEP | {"UPDATE seen_at"},
         "upstream_credentials": KEEP | SEALED_COLUMNS,
         "schema_migrations": READ,
+        "payment_intents": ADD,
+        "payment_attempts": ADD | ATTEMPT_COLUMNS | {"UPDATE checked_at", "UPDATE checked_code"},
+        "payment_events": ADD,
+        "chain_transfers": ADD | TRANSFER_COLUMNS,
+        "chain_cursors": ADD | {"UPDATE block_number", "UPDATE updated_at"},
     },
     REQUEST: {
         "users": READ,
@@ -60,6 +76,10 @@ EXPECTED = {
         "credit_ledger": READ,
         "scope_spend": READ,
         "model_prices": READ,
+        "payment_intents": ADD,
+        "payment_attempts": ADD | ATTEMPT_COLUMNS,
+        "payment_events": ADD,
+        "chain_transfers": READ,
         # Without what is sealed.
         "upstream_credentials": SEALED_COLUMNS
         | {"INSERT", "DELETE"}
@@ -90,6 +110,12 @@ OF_TENANTS = (
     "billing.book.ACT_FOR",
     "billing.book.SELECT_ACCOUNT",
     "billing.history.",
+    "billing.payment_attempts.INSERT_",
+    "billing.payment_attempts.LOCK_ATTEMPT",
+    "billing.payment_attempts.SELECT_",
+    "billing.payment_attempts.SUBMIT",
+    "billing.payment_attempts.END_ATTEMPT",
+    "billing.payments_store.INSERT_ATTEMPT_EVENT",
     "billing.spend.",
     "keys.keys_store.",
     "keys.store.INSERT_KEY",
@@ -206,7 +232,7 @@ async def test_a_tenant_reaches_no_table_that_is_not_of_tenants(
 ) -> None:
     for table in (
         *("operator_keys", "till_epoch", "workers", "schema_migrations"),
-        "idempotent_requests",
+        *("idempotent_requests", "chain_cursors"),
     ):
         assert await refused(tenant, f"SELECT 1 FROM {table}"), table  # noqa: S608 - ours
     assert not await refused(tenant, "SELECT model FROM model_prices")
@@ -223,3 +249,5 @@ async def test_a_tenant_can_neither_pay_itself_nor_read_what_is_sealed(
     assert await refused(tenant, "UPDATE billing_accounts SET balance_nanos = balance_nanos")
     assert await refused(tenant, "UPDATE scope_spend SET spent_nanos = 0")
     assert await refused(tenant, "INSERT INTO credit_ledger (seq) VALUES (1)")
+    assert await refused(tenant, "INSERT INTO chain_transfers (ordinal) VALUES (1)")
+    assert await refused(tenant, "UPDATE chain_transfers SET state = 'credited'")

@@ -34,7 +34,7 @@ MIGHTY_LOGINS = {
     "login_mighty": [
         "login_mighty can get at every row (as pg_write_all_data)",
         "login_mighty may change what is append-only"
-        " (charge_receipts, credit_ledger, model_prices)",
+        " (charge_receipts, credit_ledger, model_prices, payment_events, payment_intents)",
     ],
 }
 
@@ -176,7 +176,7 @@ async def test_the_owner_migrates_and_then_sees_nothing_by_that(own_url: str) ->
 
     assert applied == [m.name for m in read_migrations()]
     assert wrong_worker(found) == [
-        "login_owner owns tables (app_api_keys, billing_accounts, charge_receipts, ...):"
+        "login_owner owns tables (app_api_keys, billing_accounts, chain_cursors, ...):"
         " that is for migrations only",
         "login_owner is no member of farebox_worker (GRANT farebox_worker TO login_owner)",
     ]

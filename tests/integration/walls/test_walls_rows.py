@@ -36,14 +36,19 @@ TOUCH = dict.fromkeys(TENANT_TABLES, "billing_account_id = billing_account_id") 
     "scope_spend": "spent_nanos = spent_nanos",
     "idempotent_requests": "request_id = request_id",
 }
+# By triggers, whoever asks.
+GUARDED = (
+    *("charge_receipts", "credit_ledger"),
+    *("payment_intents", "payment_attempts", "payment_events", "chain_transfers"),
+)
 
 
 @pytest.fixture
 async def pair(pair: Pair, admin: asyncpg.Connection) -> Pair:
     await admin.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {REQUEST}")
     # What is append-only would refuse before a policy could.
-    await admin.execute("ALTER TABLE charge_receipts DISABLE TRIGGER USER")
-    await admin.execute("ALTER TABLE credit_ledger DISABLE TRIGGER USER")
+    for table in GUARDED:
+        await admin.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
     return pair
 
 

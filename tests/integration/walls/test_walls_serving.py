@@ -243,4 +243,5 @@ async def test_an_owner_who_may_not_make_the_roles_is_told_what_to_run(
         await admin.execute("DROP ROLE IF EXISTS absent_request, absent_worker")
         await admin.close()
 
-    assert applied == [read_migrations()[-1].name]
+    names = [migration.name for migration in read_migrations()]
+    assert applied == names[names.index("0005_walls.sql") :]
