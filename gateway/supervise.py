@@ -7,6 +7,9 @@ from typing import Any
 
 log = logging.getLogger("gateway.tasks")
 
+# Longer than cleaning up takes, which a second cancellation would cut short.
+AGAIN_S = 2.0
+
 
 class Tasks:
     """Background tasks of a worker. A task that fails is logged; `close` ends the rest."""
@@ -30,8 +33,12 @@ class Tasks:
             log.error("task.failed", extra={"task": task.get_name()}, exc_info=task.exception())
 
     async def close(self) -> None:
-        """Cancel what still runs and wait for it."""
+        """Cancel what still runs and wait for it.
+
+        A task that goes on is cancelled again: libraries lose a cancellation that comes in the
+        moment in which what they wait for is done (asyncpg's acquire before Python 3.12).
+        """
         while tasks := list(self._tasks):
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=AGAIN_S)

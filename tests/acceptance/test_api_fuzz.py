@@ -20,7 +20,7 @@ from schemathesis.core.result import Ok
 
 from tests.support.farebox import Running, running_demo
 
-CASES, CASES_FULL = 6, 150
+CASES, CASES_FULL = 4, 150
 # Those that answer with an envelope; what is not ready says so in words of its own.
 PLAIN = {"GET /readyz"}
 
