@@ -1,4 +1,4 @@
-"""Whatever money or keys refuse has an answer at the edge: a row that is forgotten would be a 500."""
+"""Whatever money or keys refuse has an answer at the edge: a row that is missing is a 500."""
 
 import inspect
 from types import ModuleType
